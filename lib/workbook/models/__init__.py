@@ -1,0 +1,1 @@
+"""Networks that several notebooks share, each built on a class of transformers or diffusers."""
