@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny import Checkout, code, text, write_notebook
+
 from workbook.files import locked
 from workbook.verify import compare
 
@@ -144,7 +145,8 @@ def test_a_changed_data_byte_is_refused_by_name_and_digest(copy):
     assert result.returncode != 0
     assert "data/numbers.bin has changed: expected sha256 " in result.stderr
     assert "Traceback" not in result.stderr
-    assert "code cells" not in (copy.root / "build/logs/diffusion/two.log").read_text()  # no kernel was started for it
+    log = (copy.root / "build/logs/diffusion/two.log").read_text()
+    assert log.startswith("data/numbers.bin has changed")  # and nothing else: no kernel was started for it
     assert copy.products("diffusion/two") == good
 
 
@@ -207,7 +209,7 @@ def test_a_foreign_kernel_and_a_missing_network_change_nothing(copy, tmp_path):
 def test_two_make_figures_at_once_tear_nothing(copy):
     edit(copy.root / "lib/workbook/alone.py", "VALUE = 1", "VALUE = 3")
     both = [copy.start("make", "figures") for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in both]
+    outputs = [process.communicate(timeout=400) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert copy.make().stdout == "2 notebooks up to date\n"  # digests of all products are those of one run
     assert sum("oracles 1/1" in out for out, _ in outputs) == 1  # and it ran once
@@ -219,7 +221,7 @@ def test_a_notebook_that_measures_time_takes_the_cores_alone(copy):
     with locked(copy.root / "build/locks/cores", shared=True):  # another notebook runs
         process = copy.start("make", "figures", "JOBS=2")
         assert process.stderr.readline() == "systems/timed: waiting for the other notebooks, it measures time\n"
-    process.communicate(timeout=120)
+    process.communicate(timeout=400)
     assert process.returncode == 0
 
 

@@ -123,7 +123,7 @@ class Checkout:
 
     def run(self, *command: str, **settings: str) -> subprocess.CompletedProcess:
         process = self.start(*command, **settings)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=400)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def make(self, target: str = "figures", **settings: str) -> subprocess.CompletedProcess:

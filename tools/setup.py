@@ -5,7 +5,7 @@ The environment is the active one (venv or conda) if it satisfies the lock, .ven
 the digest of the lock, so that asking again costs nothing.
 """
 
-# ruff: noqa: UP031, RUF005
+# ruff: noqa: UP031, UP036, RUF005
 
 import hashlib
 import os
@@ -109,7 +109,7 @@ def run(command, what):
 
 def install(prefix):
     """Install both locks."""
-    pip = [python_of(prefix), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python_of(prefix), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     if not satisfies(prefix, LOCK):
         run(pip + ["-r", LOCK], "Installing requirements.lock")
     if not satisfies(prefix, MODELS):
@@ -148,6 +148,8 @@ def environment():
 
 def main():
     try:
+        if sys.version_info < (3, 5):
+            check_version(sys.version_info, os.path.basename(sys.executable))
         print(python_of(environment()))
     except SetupError as error:
         say(str(error))

@@ -31,12 +31,18 @@ def why(options: argparse.Namespace) -> int:
     """Say which notebooks would run, and why."""
     from workbook.graph import stale
 
+    code = 0
     for name in _selected(options):
-        reasons = stale(plan(name, options.profile, options.set))
+        try:
+            reasons = stale(plan(name, options.profile, options.set))
+        except (ParameterError, notebook.NotebookError) as error:
+            print(error, file=sys.stderr)
+            code = 2
+            continue
         print(f"{name}: up to date" if not reasons else f"{name} has to run:")
         for reason in reasons:
             print(f"  {reason}")
-    return 0
+    return code
 
 
 def listing(options: argparse.Namespace) -> int:
@@ -47,7 +53,7 @@ def listing(options: argparse.Namespace) -> int:
     for name in [*notebook.names(), *notebook.names(checkpoints=True)]:
         try:
             state = "stale" if stale(plan(name)) else "up to date"
-        except ParameterError:
+        except (ParameterError, notebook.NotebookError):
             state = "refused"
         rows.append((name, state, notebook.title(notebook.path_of(name))))
     width = max((len(name) for name, _, _ in rows), default=0)

@@ -1,4 +1,4 @@
-"""Acceptance rates of multi-draft selection rules that methods are compared with, in closed form or by linear program."""
+"""Acceptance rates of multi-draft rules that methods are compared with, in closed form or by linear program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variance-preserving diffusion: noise schedules, time grids, the sampler loop, exact models, peers to compare with.
+"""Variance-preserving diffusion: noise schedules, time grids, the one sampler loop, networks and exact models.
 
 Everywhere x_t = sqrt(abar(t)) x_0 + sqrt(1 - abar(t)) e, time runs from t = start (noise) down to t = end (data), and
 a model is a function eps(x, t) that returns the noise it sees in x.
@@ -7,7 +7,7 @@ a model is a function eps(x, t) that returns the noise it sees in x.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -109,6 +109,13 @@ class DiscreteVP(NoiseSchedule):
         """The network's own time, 0 … n-1, not rounded."""
         return self.levels * float(t) - 1
 
+    def whole(self, times: NDArray) -> NDArray:
+        """A falling grid of times rounded to trained levels, and kept strictly falling."""
+        found = np.rint(self.levels * np.asarray(times) - 1).astype(int)
+        for i in reversed(range(len(found) - 1)):
+            found[i] = max(found[i], found[i + 1] + 1)
+        return (found + 1) / self.levels
+
     def log_alpha_bar(self, t: ArrayLike) -> NDArray:
         return self._spline(np.asarray(t, float))
 
@@ -179,6 +186,15 @@ def sample(
     return x
 
 
+def probability_flow(model: Model, schedule: NoiseSchedule) -> Callable[[float, torch.Tensor], torch.Tensor]:
+    """The right-hand side f(t, x) of the probability-flow ODE dx/dt = (log abar)'/2 (x - eps / sqrt(1 - abar))."""
+
+    def velocity(t: float, x: torch.Tensor) -> torch.Tensor:
+        return float(schedule.slope(t)) / 2 * (x - model(x, t) / float(schedule.noise(t)))
+
+    return velocity
+
+
 class Counted:
     """A model that counts its calls and the seconds spent in them."""
 
@@ -195,23 +211,43 @@ class Counted:
         return eps
 
 
-def eps_network(network: torch.nn.Module, schedule: DiscreteVP) -> Model:
-    """A diffusers network trained at discrete levels, as a model of continuous time."""
+def noise(count: int, seeds: Iterable[int], *, shape: Sequence[int] = (1, 32, 32), device: str = "cpu") -> torch.Tensor:
+    """`count` samples of white noise from each seed, the same on every device, shape (count * len(seeds), *shape)."""
+    drawn = [torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.cat(drawn).to(device)
+
+
+def eps_network(
+    network: torch.nn.Module, schedule: DiscreteVP, *, prediction: Literal["noise", "velocity"] = "noise"
+) -> Model:
+    """A diffusers network trained at discrete levels, as a model of continuous time.
+
+    prediction: what the network returns, the noise e itself or the velocity sqrt(abar) e - sqrt(1 - abar) x_0, from
+    which follows e = sqrt(1 - abar) x_t + sqrt(abar) velocity.
+    """
+    if prediction not in ("noise", "velocity"):
+        raise ValueError(f"prediction = {prediction!r}: a network predicts 'noise' or 'velocity'.")
 
     @torch.inference_mode()
     def eps(x: torch.Tensor, t: float) -> torch.Tensor:
-        return network(x, torch.full((len(x),), schedule.level(t), dtype=torch.float32, device=x.device)).sample
+        level = torch.full((len(x),), schedule.level(t), dtype=torch.float32, device=x.device)
+        found = network(x, level).sample
+        return found if prediction == "noise" else float(schedule.noise(t)) * x + float(schedule.signal(t)) * found
 
     return eps
 
 
 def load_eps_unet(name: str, *, device: str = "cpu") -> tuple[Model, DiscreteVP]:
-    """A checkpoint of the shared U-Net as (model, schedule); pictures are float32, (n, 1, 32, 32), in [-1, 1]."""
+    """A checkpoint of the shared U-Net as (model, schedule); pictures are float32, (n, 1, 32, 32), in [-1, 1].
+
+    The header of the checkpoint says what the network predicts; the model returns the noise in either case.
+    """
     from workbook import checkpoints
     from workbook.models.unet import eps_unet
 
-    schedule = DiscreteVP.ddpm()
-    return eps_network(checkpoints.restore(eps_unet(), name).to(device), schedule), schedule
+    schedule, prediction = DiscreteVP.ddpm(), checkpoints.provenance(name).get("prediction", "noise")
+    network = checkpoints.restore(eps_unet(), name).to(device)
+    return eps_network(network, schedule, prediction=prediction), schedule
 
 
 # -- models that are exact --------------------------------------------------------------------------------------------
@@ -230,7 +266,8 @@ class GaussianMixture:
 
     def _noised(self, t: float, schedule: NoiseSchedule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         signal, noise = float(schedule.signal(t)), float(schedule.noise(t))
-        means, variances, weights = (torch.as_tensor(np.asarray(v, float)) for v in (self.means, self.variances, self.weights))
+        parts = (self.means, self.variances, self.weights)
+        means, variances, weights = (torch.as_tensor(np.asarray(part, float)) for part in parts)
         return signal * means, signal**2 * variances + noise**2, weights
 
     def log_components(self, x: torch.Tensor, t: float, schedule: NoiseSchedule) -> torch.Tensor:
@@ -243,6 +280,11 @@ class GaussianMixture:
         """log p_t(x), shape (n,)."""
         return self.log_components(x, t, schedule).logsumexp(1)
 
+    def rank(self, x: torch.Tensor, t: float, schedule: NoiseSchedule) -> torch.Tensor:
+        """The share of probability below each point of a one-dimensional mixture, shape (n,): the ODE preserves it."""
+        means, variances, weights = self._noised(t, schedule)
+        return torch.special.ndtr((x - means.T) / variances.sqrt()) @ weights
+
     def eps(self, schedule: NoiseSchedule) -> Model:
         """The exact model: -sqrt(1 - abar) times the gradient of log p_t."""
 
@@ -253,99 +295,3 @@ class GaussianMixture:
             return float(schedule.noise(t)) * pull
 
         return model
-
-
-# -- peers ------------------------------------------------------------------------------------------------------------
-
-
-def diffusers_method(name: str, **options) -> Method:
-    """A scheduler of diffusers by class name, on any time grid.
-
-    Multistep solvers that work on sigmas (DPMSolverMultistepScheduler, UniPCMultistepScheduler,
-    DEISMultistepScheduler) get the grid's rho; DDIMScheduler and PNDMScheduler get a table of abar with one entry a grid
-    point. All start at times[0] and end at times[-1], not at a clean image beyond it.
-    PNDMScheduler calls the model once more than it has steps.
-    """
-
-    def build(schedule: NoiseSchedule, times: NDArray) -> Step:
-        import diffusers
-
-        return (_by_table if name in ("DDIMScheduler", "PNDMScheduler") else _by_sigma)(
-            getattr(diffusers, name), options, schedule, times
-        )
-
-    return build
-
-
-def _by_sigma(kind: type, options: dict, schedule: NoiseSchedule, times: NDArray) -> Step:
-    scheduler = kind(**options)
-    scheduler.set_timesteps(len(times) - 1)
-    scheduler.sigmas = torch.from_numpy(schedule.rho(times)).float()
-    scheduler.timesteps = torch.arange(len(times) - 1)
-    scheduler.set_begin_index(0)
-
-    def step(model: Model, x: torch.Tensor, i: int) -> torch.Tensor:
-        return scheduler.step(model(x, float(times[i])), scheduler.timesteps[i], x).prev_sample
-
-    return step
-
-
-def _by_table(kind: type, options: dict, schedule: NoiseSchedule, times: NDArray) -> Step:
-    last = len(times) - 1
-    table = np.exp(schedule.log_alpha_bar(times))[::-1].copy()
-    if kind.__name__ == "PNDMScheduler":
-        options = {"skip_prk_steps": True} | options
-    else:
-        options = {"clip_sample": False} | options
-    scheduler = kind(num_train_timesteps=last + 1, set_alpha_to_one=False, **options)
-    scheduler.set_timesteps(last + 1)
-    scheduler.alphas_cumprod = torch.from_numpy(table)
-    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
-
-    def step(model: Model, x: torch.Tensor, i: int) -> torch.Tensor:
-        following = scheduler.step(model(x, float(times[i])), last - i, x).prev_sample
-        if i == 0 and kind.__name__ == "PNDMScheduler":  # its first step looks ahead once and starts again
-            following = scheduler.step(model(following, float(times[1])), last - 1, following).prev_sample
-        return following.to(x.dtype)
-
-    return step
-
-
-def probability_flow(model: Model, schedule: NoiseSchedule) -> Callable[[float, torch.Tensor], torch.Tensor]:
-    """The right-hand side f(t, x) of the probability-flow ODE dx/dt = (log abar)'/2 (x - eps / sqrt(1 - abar))."""
-
-    def velocity(t: float, x: torch.Tensor) -> torch.Tensor:
-        return float(schedule.slope(t)) / 2 * (x - model(x, t) / float(schedule.noise(t)))
-
-    return velocity
-
-
-@torch.no_grad()
-def sample_adaptive(
-    model: Model,
-    x: torch.Tensor,
-    schedule: NoiseSchedule,
-    *,
-    tolerance: float,
-    solver: str = "RK45",
-    callback: Callback | None = None,
-) -> torch.Tensor:
-    """Solve the probability-flow ODE with a black-box solver of scipy at relative and absolute `tolerance`.
-
-    The number of calls is the solver's choice: wrap the model in `Counted` to know it.
-    """
-    from scipy.integrate import solve_ivp
-
-    flow = probability_flow(model, schedule)
-
-    def velocity(t: float, flat: NDArray) -> NDArray:
-        return flow(t, torch.from_numpy(flat).to(x).reshape(x.shape)).double().cpu().numpy().ravel()
-
-    flat = x.detach().double().cpu().numpy().ravel()
-    found = solve_ivp(velocity, (schedule.start, schedule.end), flat, solver, rtol=tolerance, atol=tolerance)
-    if not found.success:
-        raise RuntimeError(f"{solver} stopped at t = {found.t[-1]:.4g}: {found.message}")
-    end = torch.from_numpy(found.y[:, -1].copy()).to(x).reshape(x.shape)
-    if callback is not None:
-        callback(len(found.t) - 1, schedule.end, end)
-    return end

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from workbook import decoding, measure
 from workbook.chance import Chance
 from workbook.models.lm import Llama
 from workbook.verifiers import Verifier
 
-PHASES = ("prefill", "draft", "verify", "select")
+PHASES = ("prefill", "draft", "verify", "select", "whole")  # whole: of a decoder that cannot be split
 Decoder = Callable[[list[int], Sequence[int]], dict]  # (prompt, entropy of its random draws) -> counts and seconds
 
 
@@ -45,7 +47,13 @@ def plain_decoder(target: Llama, **settings) -> Decoder:
 def transformers_decoder(
     model, *, new_tokens: int, temperature: float, top_p: float, pad_token_id: int, **options
 ) -> Decoder:
-    """`model.generate` as a decoder; target calls are counted by a hook. options: assistant_model and the like."""
+    """`model.generate` as a decoder; target calls are counted by a hook. options: assistant_model and the like.
+
+    The end of a text is a token like any other here (`eos_token_id` None), as it is for the workbook's decoders.
+    """
+    for each in (model, options.get("assistant_model")):
+        if each is not None:
+            each.generation_config.eos_token_id = None
 
     def run(prompt: list[int], entropy: Sequence[int]) -> dict:
         calls = []
@@ -61,13 +69,12 @@ def transformers_decoder(
             top_k=0,
             top_p=top_p,
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
             pad_token_id=pad_token_id,
             **options,
         )
         seconds = time.perf_counter() - start
         hook.remove()
-        return {"tokens": output.shape[1] - ids.shape[1], "target_calls": len(calls), "verify": seconds}
+        return {"tokens": output.shape[1] - ids.shape[1], "target_calls": len(calls), "whole": seconds}
 
     return run
 
@@ -80,8 +87,8 @@ def compare(decoders: Mapping[str, Decoder], prompts: Sequence[list[int]], *, re
     rows = []
     for run in decoders.values():
         run(list(prompts[0]), [seed, 999])  # warm-up
-    for repeat in range(repeats):
-        for number, prompt in enumerate(prompts):
+    with tqdm(total=repeats * len(prompts) * len(decoders), desc="decoding", mininterval=2) as progress:
+        for repeat, (number, prompt) in product(range(repeats), enumerate(prompts)):
             order = list(decoders) if (repeat + number) % 2 == 0 else list(decoders)[::-1]
             for name in order:
                 result = decoders[name](list(prompt), [seed, repeat, number])
@@ -89,6 +96,7 @@ def compare(decoders: Mapping[str, Decoder], prompts: Sequence[list[int]], *, re
                 total = sum(phases.values())
                 counts = {"tokens": result["tokens"], "target_calls": result["target_calls"]}
                 names = {"decoder": name, "prompt": number, "repeat": repeat}
+                progress.update()
                 rows.append(names | counts | phases | {"seconds": total, "seconds_a_token": total / result["tokens"]})
     return pd.DataFrame(rows)
 
@@ -121,7 +129,7 @@ def real_pairs(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`count` pairs of next-token laws (target, draft), each (V,), at positions of texts that the target writes itself."""
+    """`count` pairs of next-token laws (target, draft), each (V,), along texts that the target writes itself."""
     pairs, each = [], -(-count // len(prompts))
     for number, prompt in enumerate(prompts):
         chance = Chance([seed, number])

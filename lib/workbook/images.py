@@ -44,6 +44,23 @@ def frechet_distance(one: NDArray, other: NDArray) -> float:
     return float(np.square(means[0] - means[1]).sum() + np.trace(first) + np.trace(second) - 2 * cross)
 
 
+def quality(classifier: Classifier, pictures: torch.Tensor, real: NDArray, *, sure: float = 0.9) -> dict[str, float]:
+    """{"fcd": Fréchet distance to the features of real pictures, "confident": share named with probability >= sure}."""
+    features, probabilities = judge(classifier, pictures)
+    return {"fcd": frechet_distance(features, real), "confident": float((probabilities.max(1) >= sure).mean())}
+
+
+def real_floor(features: NDArray, real: NDArray, count: int, *, draws: int = 30, seed: int = 0) -> NDArray:
+    """Fréchet distances of `count` real pictures, drawn `draws` times from `features`, to other `real` ones.
+
+    What a perfect sampler would score with `count` pictures. The two sets of pictures must not overlap.
+    """
+    if count > len(features):
+        raise ValueError(f"{count} pictures cannot be drawn from {len(features)}.")
+    random = np.random.default_rng(seed)
+    return np.array([frechet_distance(features[random.permutation(len(features))[:count]], real) for _ in range(draws)])
+
+
 def psnr(pictures: torch.Tensor, reference: torch.Tensor, *, span: float = 2.0) -> NDArray:
     """Peak signal-to-noise ratio of each picture in dB, shape (n,). span: largest minus smallest possible pixel."""
     error = (pictures.double() - reference.double()).square().flatten(1).mean(1).cpu().numpy()

@@ -125,6 +125,7 @@ class Execution:
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
+                start_timeout=300,  # a busy machine is slow, not broken
                 cwd=os.path.relpath(self.source.parent),
                 stdout_file=self.log,
                 stderr_file=self.log,

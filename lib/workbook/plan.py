@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def failed(self) -> Path:
-        """The notebook as far as the last failed run came; removed by the next good one."""
+        """The notebook as far as the last run came, if that failed."""
         return self.base / "failed" / f"{self.name}.ipynb"
 
     @property

@@ -90,7 +90,8 @@ def label_ends(ax: Axes, *, gap: float = 0.05, pad: float = 0.02, room: float = 
     gap: least distance between labels, as a fraction of the axes' height; room: fraction of the x range that is added
     on the right for the text.
     """
-    lines = [l for l in ax.get_lines() if l.get_label() and not l.get_label().startswith("_") and len(l.get_xdata())]
+    drawn = ax.get_lines()
+    lines = [line for line in drawn if not line.get_label().startswith("_") and len(line.get_xdata())]
     if not lines:
         return
     low, high = ax.get_xlim()
@@ -99,7 +100,7 @@ def label_ends(ax: Axes, *, gap: float = 0.05, pad: float = 0.02, room: float = 
     widened = right + room * (right - left)
     ax.set_xlim(low, ax.transScale.inverted().transform((widened, transform((high, ax.get_ylim()[1]))[1]))[0])
     to_axes = ax.transData + ax.transAxes.inverted()
-    ends = [(to_axes.transform((l.get_xdata()[-1], l.get_ydata()[-1])), l) for l in lines]
+    ends = [(to_axes.transform((line.get_xdata()[-1], line.get_ydata()[-1])), line) for line in lines]
     ends.sort(key=lambda end: end[0][1])
     heights = np.array([end[0][1] for end in ends])
     for _ in range(200):  # relax overlaps symmetrically; a handful of labels converges at once

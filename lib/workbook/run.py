@@ -79,25 +79,27 @@ def recover(plan: Plan) -> None:
 
 def _transaction(plan: Plan) -> dict:
     made_from = graph.ingredients(plan)
-    _check_data(made_from)
     out = plan.work / "out"
     executed = plan.work / "executed.ipynb"
     for folder in (out, plan.log.parent, plan.executed.parent, plan.failed.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    with _cores(plan), open(plan.log, "w", encoding="utf-8") as log:
+    plan.failed.unlink(missing_ok=True)
+    with open(plan.log, "w", encoding="utf-8") as log:
         try:
-            _execute(plan, executed, out, log)
+            _check_data(made_from)
+            with _cores(plan):
+                _execute(plan, executed, out, log)
             check_executed(executed)
             record = check_products(plan, out)
         except Exception as error:
             with suppress(OSError):
+                print(_explain(error)[0], file=log, flush=True)
+            with suppress(OSError):
                 executed.replace(plan.failed)
-                print(_explain(error)[0], file=log)
             raise
     _install(plan, out, executed)
     graph.write_stamp(plan, made_from, record.get("data", []))
     shutil.rmtree(_beside(plan)[1], ignore_errors=True)
-    plan.failed.unlink(missing_ok=True)
     return record
 
 
@@ -129,7 +131,9 @@ def _cores(plan: Plan) -> Iterator[None]:
 
 
 def _execute(plan: Plan, executed: Path, out: Path, log) -> None:
-    from workbook.kernel import Execution
+    cells = len(notebook.read(plan.notebook)["cells"])
+    progress = Progress(plan.name, cells)
+    from workbook.kernel import Execution  # papermill, nbclient: a second or two
 
     os.environ.update(
         WORKBOOK_OUT=str(out.resolve()),
@@ -144,11 +148,9 @@ def _execute(plan: Plan, executed: Path, out: Path, log) -> None:
         PYTHONPATH=os.pathsep.join([str(graph.LIBRARY), *filter(None, [os.environ.get("PYTHONPATH")])]),
     )
     count = sum(1 for _ in notebook.code_cells(plan.notebook))
-    cells = len(notebook.read(plan.notebook)["cells"])
     seconds = notebook.settings(plan.notebook).get(
         "timeout", CHECKPOINT_TIMEOUT if plan.name.startswith(f"{notebook.CHECKPOINTS}/") else TIMEOUT
     )
-    progress = Progress(plan.name, cells)
     print(f"{plan.name}, {plan.profile}, {count} code cells, parameters {plan.parameters}", file=log, flush=True)
     try:
         Execution(plan.notebook, executed, plan.parameters, log).run(timeout=seconds, tick=progress)
@@ -254,6 +256,8 @@ class Progress:
         self.bar = sys.stderr.isatty() and os.environ.get("JOBS", "1") in ("", "1")
         self.due = self.started if self.bar else self.started + 30
         self.count = os.environ.get("WORKBOOK_COUNT", "")
+        if self.bar:
+            print(f"{'╌' * 20} {self.count}{name} starting", end="", file=sys.stderr, flush=True)
 
     def __call__(self, execution) -> None:
         now = time.monotonic()

@@ -74,23 +74,23 @@ def _cell(text: str) -> str:
 
 
 def draw(records: dict[str, dict]):
-    """One row a notebook, one mark a claim, the claim's number above, the verdict in shape and colour."""
+    """One row a notebook, one mark a claim with its number, the verdict in shape and colour."""
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
+    from workbook import plotting
+
     columns = max(len(record["claims"]) for record in records.values())
-    fig, ax = plt.subplots(figsize=(max(6.4, 2.6 + 0.34 * columns), 1.3 + 0.3 * len(records)))
+    fig, ax = plt.subplots(figsize=(max(6.4, 2.6 + 0.55 * columns), 0.9 + 0.3 * len(records)))
     for row, record in enumerate(records.values()):
         for column, claim in enumerate(record["claims"]):
             ax.plot(column, row, linestyle="", markersize=9, **LOOK[claim["verdict"]])
+            ax.annotate(claim["id"], (column, row), (8, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set(xlim=(-0.6, max(columns, 8) - 0.4), ylim=(len(records) - 0.4, -0.6))
     ax.set_yticks(range(len(records)), list(records))
-    ax.set_xticks(range(columns), [f"C{i + 1}" for i in range(columns)])
-    ax.xaxis.tick_top()
-    ax.tick_params(length=0)
+    ax.set_xticks([])
+    ax.tick_params(length=0, labelcolor=plotting.INK)
     ax.spines[:].set_visible(False)
-    ax.grid(axis="y")
-    ax.grid(visible=False, axis="x")
     total = counts(records)
     handles = [Line2D([], [], linestyle="", markersize=9, label=f"{total[v]} {v}", **LOOK[v]) for v in VERDICTS]
     fig.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, columnspacing=1.2, handletextpad=0.3)

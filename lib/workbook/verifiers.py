@@ -43,7 +43,7 @@ class Verifier(Protocol):
     def __call__(self, drafts: Drafts, chance: Chance) -> Emission: ...
 
 
-# -- verifiers for one draft sequence, and the multi-round one ----------------------------------------------------------
+# -- verifiers for one draft sequence, and the multi-round one -------------------------------------------------------
 
 
 def token_verification(drafts: Drafts, chance: Chance) -> Emission:
@@ -59,7 +59,7 @@ def token_verification(drafts: Drafts, chance: Chance) -> Emission:
 
 
 def block_verification(drafts: Drafts, chance: Chance) -> Emission:
-    """Block verification of row 0 (Sun et al. 2024, arXiv 2403.10444, Algorithm 2): accept the longest prefix at once."""
+    """Block verification of row 0 (Sun et al. 2024, arXiv 2403.10444, Algorithm 2): accept a whole prefix at once."""
     tokens = drafts.tokens[0].tolist()
     length, reach = len(tokens), [1.0]
     residuals: list[np.ndarray | None] = [None] * (length + 1)

@@ -1,4 +1,4 @@
-"""The draft of SmolLM2: two narrow layers under the target's own embedding, and a head over a part of its vocabulary."""
+"""The draft of SmolLM2: two narrow layers under the target's own embedding, a head over part of its vocabulary."""
 
 from __future__ import annotations
 

@@ -6,16 +6,17 @@ heads, so that the KV cache grows with depth alone while the parameters grow wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from workbook.models.lm import Llama
+from workbook.models.lm import Attention, KVCache, Llama
 
 MODULUS = 97
 MAX_STEPS = 12
-FACTORS = (2, 3)  # what a multiplication may multiply by; sums and differences take 1 to 9
+FACTORS = (2, 3, 4, 5)  # what a multiplication may multiply by; sums and differences take 1 to 9
 OPERATIONS = "+-*"
 VOCABULARY = "0123456789+-*=|\n>." + "abcdefghijkl"
 _ID = {character: number for number, character in enumerate(VOCABULARY)}
@@ -33,13 +34,25 @@ class Size:
     kv_heads: int = 2
     head_dim: int = 16
 
+    @property
+    def parameters(self) -> int:
+        """Weights, embedding and output head included."""
+        attention = 2 * self.width * (self.heads + self.kv_heads) * self.head_dim
+        block = attention + 3 * self.width * 2 * self.width + 2 * self.width
+        return self.layers * block + 2 * len(VOCABULARY) * self.width + self.width
+
+    @property
+    def dimensions(self) -> tuple[int, int, int, int, int]:
+        """Parameters, layers, query heads, KV heads, head width: what a cost model asks for."""
+        return self.parameters, self.layers, self.heads, self.kv_heads, self.head_dim
+
 
 SIZES = {
-    1: Size("gpt_chain_1", 32, 2, 2),
-    2: Size("gpt_chain_2", 48, 3, 4),
-    3: Size("gpt_chain_3", 64, 4, 4),
-    4: Size("gpt_chain_4", 96, 5, 6),
-    5: Size("gpt_chain_5", 128, 6, 8),
+    1: Size("gpt_chain_1", 28, 3, 4),
+    2: Size("gpt_chain_2", 32, 3, 4),
+    3: Size("gpt_chain_3", 48, 4, 4),
+    4: Size("gpt_chain_4", 64, 4, 4),
+    5: Size("gpt_chain_5", 96, 5, 6),
 }
 
 
@@ -73,7 +86,7 @@ def build(size: int, *, seed: int = 0):
 
 
 def load(size: int) -> Llama:
-    """The trained member `size` as a lean forward pass. Raises data.DataError when its checkpoint is missing or changed."""
+    """The trained member `size` as a lean forward pass; data.DataError if its checkpoint is missing or changed."""
     from workbook import checkpoints
 
     return Llama.from_transformers(checkpoints.restore(build(size), SIZES[size].name))
@@ -132,17 +145,64 @@ def problems(count: int, steps: int, rng: np.random.Generator) -> Problems:
     return Problems(torch.from_numpy(prompt), torch.from_numpy(solution), value)
 
 
-def final_answers(tokens: np.ndarray) -> np.ndarray:
-    """The answers that generated texts state, shape (n,): the two digits between ">" and "."; -1 where there is none.
+@torch.inference_mode()
+def sample(
+    model: Llama,
+    prompt: torch.Tensor,
+    seed: int,
+    *,
+    attention: Callable[[KVCache], Attention | None] | None = None,
+    temperature: float = 1.0,
+    most: int = 96,
+) -> np.ndarray:
+    """Continue prompts, shape (rows, length), until all rows have written "." or `most` tokens.
 
-    tokens: (n, length) ids, padded behind the full stop with anything.
+    attention: called once with the cache that holds the prompts, it gives the attention of every further step.
+    Returns the generated ids, numpy (rows, written); what follows a row's first "." means nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    cache = model.cache(len(prompt), -(-(prompt.shape[1] + most) // 16) * 16)  # whole pages of 16 tokens
+    logits = model(prompt, cache, last=True)[:, 0]
+    attend = attention(cache) if attention else None
+    written, done = [], torch.zeros(len(prompt), dtype=torch.bool)
+    while len(written) < most:
+        token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        written.append(token)
+        done |= token[:, 0] == STOP
+        if done.all():
+            break
+        logits = model(token, cache, attend=attend)[:, 0]
+    return torch.cat(written, dim=1).numpy()
+
+
+def lengths(tokens: np.ndarray) -> np.ndarray:
+    """Tokens that each text spends, its full stop included; all of them where there is no full stop."""
+    stopped = np.asarray(tokens) == STOP
+    return np.where(stopped.any(1), stopped.argmax(1) + 1, stopped.shape[1])
+
+
+def answers(model: Llama, sets: list[Problems], samples: int, seed: int, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Answer every problem of every set `samples` times: (lengths, right), each (problems, samples).
+
+    options: of `sample`. A text is right if the number between ">" and "." is.
+    """
+    spent, right = [], []
+    for number, problems in enumerate(sets):
+        written = sample(model, problems.prompt.repeat_interleave(samples, 0), seed + number, **options)
+        stated = final_answers(written) == problems.answer.repeat(samples)
+        spent.append(lengths(written).reshape(-1, samples))
+        right.append(stated.reshape(-1, samples))
+    return np.concatenate(spent), np.concatenate(right)
+
+
+def final_answers(tokens: np.ndarray) -> np.ndarray:
+    """The answers that generated texts state, shape (n,): the two digits in ">58."; -1 for a text that has no such end.
+
+    tokens: (n, length) ids; what follows the first full stop of a text is not read.
     """
     tokens = np.asarray(tokens)
-    stated = np.full(len(tokens), -1)
-    for row, line in enumerate(tokens):
-        marks = np.flatnonzero(line == _ID[">"])
-        if len(marks) and marks[0] + 3 < len(line):
-            tens, ones, stop = line[marks[0] + 1 : marks[0] + 4]
-            if tens < 10 and ones < 10 and stop == STOP:
-                stated[row] = 10 * tens + ones
-    return stated
+    stopped = tokens == STOP
+    end = np.where(stopped.any(1), stopped.argmax(1), 0)
+    mark, tens, ones = (tokens[np.arange(len(tokens)), np.maximum(end - back, 0)] for back in (3, 2, 1))
+    stated = (end >= 3) & (mark == _ID[">"]) & (tens < 10) & (ones < 10)
+    return np.where(stated, 10 * tens + ones, -1)

@@ -1,9 +1,10 @@
-"""Causal language models: SmolLM2 from its GGUF file, any Hugging Face model, and a lean Llama with a rolling KV cache."""
+"""Causal language models: SmolLM2 from its GGUF file, any Hugging Face model, a lean Llama with a rolling cache."""
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,9 @@ def load_lm(name: str = SMOLLM2, *, dtype: torch.dtype = torch.float32, device: 
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model_folder(name), dtype=dtype).eval().to(device)
+
+
+Attention = Callable[[int, torch.Tensor, int], torch.Tensor]
 
 
 class KVCache:
@@ -195,13 +199,14 @@ class Llama:
         *,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        attend: Attention | None = None,
         last: bool = False,
     ) -> torch.Tensor:
         """Append `tokens` to the cache and return their logits, shape (batch, new or 1, V).
 
         last: logits of the last token only; the other arguments are those of `hidden`.
         """
-        x = self.hidden(tokens, cache, positions=positions, mask=mask)
+        x = self.hidden(tokens, cache, positions=positions, mask=mask, attend=attend)
         return self.logits(x[:, -1:] if last else x)
 
     @torch.inference_mode()
@@ -217,11 +222,14 @@ class Llama:
         *,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        attend: Attention | None = None,
     ) -> torch.Tensor:
         """Append `tokens` to the cache and return their normalised final states, shape (batch, new, hidden).
 
         tokens: (batch, new); positions: (new,), default the next ones of the cache; mask: (new, length + new) bool,
-        True where a new token may look, default causal. Raises ValueError when the cache is too small.
+        True where a new token may look, default causal; attend: attend(layer, queries, length) in place of dense
+        attention for a single new token, queries (batch, kv_heads, heads / kv_heads, head_dim), same shape returned.
+        Raises ValueError when the cache is too small.
         """
         tokens = tokens.to(self.embedding.device)
         batch, new = tokens.shape
@@ -251,7 +259,10 @@ class Llama:
             values[:, :, start:end] = v
             # query heads of one KV head become extra query rows, so that keys are read once for the group
             q = qk[:, : self.heads].reshape(batch, self.kv_heads, group * new, width)
-            y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
+            if attend is None:
+                y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
+            else:
+                y = attend(number, q, end)
             y = y.reshape(batch, self.heads, new, width).transpose(1, 2).reshape(batch, new, -1)
             x = x + layer.out(y)
             gate, up = layer.gate_up(F.rms_norm(x, x.shape[-1:], layer.mlp_norm, self.epsilon)).chunk(2, -1)

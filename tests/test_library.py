@@ -1,0 +1,137 @@
+"""The shared library's own promises: statistics, records, figures, training."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from workbook import measure, plotting, train
+from workbook.study import Measured, OracleFailed, Published, Study, at_least, at_most, out_of_reach, reaches, within
+
+
+def test_bootstrap_agrees_with_scipy():
+    values = np.random.default_rng(0).exponential(size=40)
+    ours = measure.bootstrap(values, draws=4000)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=1).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.03)
+    assert ours.value == pytest.approx(values.mean())
+
+
+def test_ratio_pairs_its_rows():
+    b = np.random.default_rng(0).uniform(1, 100, 30)
+    ratio = measure.ratio(3 * b, b)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((3, 3, 3))
+
+
+def test_interleaved_times_every_function_in_every_round():
+    calls = []
+    table = measure.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
+    assert calls == ["b", "a", "a", "b", "b", "a", "a", "b"], "the warm-up and every other round run in reverse"
+    assert table.groupby("name").size().to_dict() == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize(
+    ("rule", "measured", "verdict"),
+    [
+        (at_least(1), Measured(1.2, 1.1, 1.3), "reproduced"),
+        (at_least(1), Measured(1.2, 0.9, 1.3), "partly"),
+        (at_least(1), Measured(0.9, 0.8, 1.3), "not reproduced"),
+        (at_most(1), Measured(0.9, 0.8, 0.95), "reproduced"),
+        (at_most(1), Measured(0.9, 0.8, 1.1), "partly"),
+        (at_most(1), Measured(1.2), "not reproduced"),
+        (within(3, 0.1), Measured(3.05), "reproduced"),
+        (within(3, 0.1), Measured(3.2), "not reproduced"),
+        (reaches(2, floor=1), Measured(2.1, 1.5, 2.5), "reproduced"),
+        (reaches(2, floor=1), Measured(1.5, 1.2, 1.8), "partly"),
+        (reaches(2, floor=1), Measured(1.5, 0.9, 1.8), "not reproduced"),
+        (out_of_reach(), Measured(1), "out of reach"),
+    ],
+)
+def test_verdict_follows_from_the_interval(rule, measured, verdict):
+    assert rule.verdict(measured) == verdict
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBOOK_OUT", str(tmp_path))
+    monkeypatch.setattr("workbook.study.read_parameters", lambda path: {})
+    monkeypatch.setattr("workbook.study.check_parameters", lambda name, declared, values: {"seed": 3})
+    return Study("decoding/none", title="T", arxiv="0", year=2000, parameters={})
+
+
+def test_failed_oracle_raises_and_stays_in_the_record(study):
+    study.oracle("fine", value=1.0, expected=1.0)
+    with pytest.raises(OracleFailed, match="'wrong': 2 is not = 1"):
+        study.oracle("wrong", value=2.0, expected=1.0, tolerance=0.5)
+    with pytest.raises(OracleFailed):
+        study.oracle("not a number", value=float("nan"), at_most=1.0)
+    with pytest.raises(TypeError):
+        study.oracle("two bounds", value=1.0, at_most=1.0, at_least=1.0)
+    record = json.loads(study.finish().read_text())
+    assert [oracle["passed"] for oracle in record["oracles"]] == [True, False, False]
+
+
+def test_oracle_table_names_no_number_of_this_machine(study, capsys):
+    study.oracle("a", value=0.1234567, at_most=1.0, tolerance=1e-9)
+    study.show_oracles()
+    assert capsys.readouterr().out == "a  tolerance 1e-09    ok\n"
+
+
+def test_unreproduced_claim_needs_a_reason(study):
+    with pytest.raises(ValueError, match="give a note"):
+        study.claim("C1", "s", measured=Measured(0.0), rule=at_least(1))
+    verdict = study.claim(
+        "C1", "s", measured=Measured(0.0), rule=at_least(1), note="why", paper=Published(2, "×", "p. 1")
+    )
+    assert verdict == "not reproduced"
+
+
+def test_same_figure_gives_the_same_bytes(study):
+    def draw():
+        fig, ax = plotting.panel("x / s", "y")
+        rows = pd.DataFrame({"x": [1, 2, 3], "y": [1.0, 2.0, 1.5], "low": [0.9, 1.8, 1.2], "high": [1.1, 2.2, 1.9]})
+        plotting.line_with_interval(ax, rows, x="x", y="y", index=0, label="line")
+        plotting.published(ax, y=1.7, text="somewhere")
+        plotting.label_ends(ax)
+        return fig, rows
+
+    contents = []
+    for name in ("one", "two"):
+        fig, rows = draw()
+        files = plotting.write(fig, study.folder / "figure", alt="A line.")
+        contents.append([path.read_bytes() for path in files])
+        study.figure(name, fig, data=rows, alt="A line.")
+    assert contents[0] == contents[1]
+    assert b"A line." in contents[0][0], "the SVG carries its alt text"
+
+
+def test_training_resumes_where_it_stopped(tmp_path):
+    def loss(model, step):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+    def fit(model, steps, resume=None):
+        return train.fit(model, loss, steps=steps, learning_rate=0.05, warmup=5, resume=resume, save_every=10)[0]
+
+    class Stop(Exception):
+        pass
+
+    def stopping(model, step):
+        if step == 25:
+            raise Stop
+        return loss(model, step)
+
+    def new():
+        torch.manual_seed(0)
+        return torch.nn.Linear(3, 1)
+
+    whole, file = fit(new(), 40), tmp_path / "resume.safetensors"
+    with pytest.raises(Stop):
+        train.fit(new(), stopping, steps=40, learning_rate=0.05, warmup=5, resume=file, save_every=10)
+    assert file.exists()
+    resumed = fit(new(), 40, resume=file)
+    torch.testing.assert_close(resumed.weight, whole.weight)
+    assert not file.exists()
