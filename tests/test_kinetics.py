@@ -307,10 +307,10 @@ def test_sizes_state_their_parameters():
 
 @pytest.mark.parametrize("size", gpt.SIZES)
 def test_checkpoints_solve_short_chains_better_with_size(size):
-    """A right first line, at temperature 1, is at least as likely as the training notebook found for this size."""
+    """One step at temperature 1: four in five right for the smallest, nearly all for the largest."""
     problems = gpt.problems(64, 1, np.random.default_rng(5))
     spent, right = gpt.answers(gpt.load(size), [problems], 4, seed=0)
-    assert right.mean() > {1: 0.5, 2: 0.8, 3: 0.9, 4: 0.9, 5: 0.95}[size]
+    assert right.mean() > {1: 0.65, 2: 0.85, 3: 0.93, 4: 0.95, 5: 0.96}[size]
     assert np.median(spent) == 11
 
 
