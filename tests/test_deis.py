@@ -1,6 +1,7 @@
 """The method cells of diffusion/deis, and the diffusion library under them, against independent references."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,17 @@ from scipy.integrate import quad
 from scipy.interpolate import lagrange
 from scipy.linalg import sqrtm
 
-from workbook import images, notebook
-from workbook.diffusion import Counted, DiscreteVP, GaussianMixture, LinearVP, noise, sample, time_grid
+from workbook import data, images, notebook
+from workbook.diffusion import (
+    Counted,
+    DiscreteVP,
+    GaussianMixture,
+    LinearVP,
+    eps_network,
+    noise,
+    sample,
+    time_grid,
+)
 from workbook.sampling import Sampler, adaptive_method, compare, diffusers_method, rmse_ratio
 
 LINEAR, LEVELS = LinearVP(), DiscreteVP.ddpm()
@@ -219,3 +229,27 @@ def test_frechet_distance_is_the_textbook_formula():
 def test_psnr_of_a_known_error():
     reference = torch.zeros(2, 1, 4, 4)
     assert images.psnr(reference + 0.2, reference) == pytest.approx([20, 20])
+
+
+def test_the_scale_of_pictures_that_the_text_names():
+    pictures, _ = data.fashion_mnist_tensor("train")
+    spread = np.sqrt(torch.linalg.eigvalsh(torch.cov(pictures[:10_000].flatten(1).double().T))[-1].item())
+    assert spread == pytest.approx(8.9, abs=0.1)
+    assert LINEAR.time_of_rho([1, 9]) == pytest.approx([0.26, 0.66], abs=0.01)
+
+
+def test_a_velocity_network_gives_the_noise():
+    class Network(torch.nn.Module):
+        """Knows that the picture is 0.3 everywhere."""
+
+        def forward(self, x, level):
+            t = (float(level[0]) + 1) / 1000
+            signal, share = float(LEVELS.signal(t)), float(LEVELS.noise(t))
+            e = (x - signal * 0.3) / share
+            return SimpleNamespace(sample=signal * e - share * 0.3)
+
+    x, t = noise(2, [0]), 0.37
+    e = (x - float(LEVELS.signal(t)) * 0.3) / float(LEVELS.noise(t))
+    assert torch.allclose(eps_network(Network(), LEVELS, prediction="velocity")(x, t), e, atol=1e-5)
+    with pytest.raises(ValueError, match="'noise' or 'velocity'"):
+        eps_network(Network(), LEVELS, prediction="score")
