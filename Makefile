@@ -5,6 +5,8 @@ export N P PROFILE JOBS RUN FORCE PYTHON
 export PYTHONPATH := $(CURDIR)/lib
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
+# idle threads sleep instead of spinning: two notebooks side by side would else slow each other twentyfold
+export GOMP_SPINCOUNT ?= 1000
 # makes the environment if there is none that satisfies the lock, and names its interpreter
 ENV = python="$$($(PYTHON) tools/setup.py)" && "$$python"
 NOTEBOOKS = $(filter-out notebooks/checkpoints/%,$(wildcard notebooks/*/*.ipynb))
