@@ -142,7 +142,7 @@ def _execute(plan: Plan, executed: Path, out: Path, log) -> None:
         TRANSFORMERS_OFFLINE="1",
         MPLBACKEND="agg",
         PYTHONHASHSEED="0",
-        GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", "1000"),  # waiting threads sleep, so that notebooks can share cores
+        GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", "1000"),  # waiting threads sleep: notebooks share cores
         PYTHONUTF8="1",
         SOURCE_DATE_EPOCH="0",
         IPYTHONDIR=str((plan.work / "ipython").resolve()),  # no start-up files of the user
