@@ -181,8 +181,9 @@ class Study:
             "≥": value >= bound - tolerance,
         }[sign]
         passed = bool(passed and math.isfinite(value))
+        stored = value if math.isfinite(value) else None  # JSON has no NaN
         self._oracles.append(
-            {"name": name, "value": value, "bound": f"{sign} {bound:.12g}", "tolerance": tolerance, "passed": passed}
+            {"name": name, "value": stored, "bound": f"{sign} {bound:.12g}", "tolerance": tolerance, "passed": passed}
         )
         if not passed:
             raise OracleFailed(
