@@ -77,7 +77,7 @@ def summarise(table: pd.DataFrame, by: Sequence[str] = ("sampler", "calls")) -> 
 
     rows = []
     for key, part in table.groupby(list(by), sort=False):
-        m = bootstrap(part.error, lambda e: np.sqrt(np.mean(e * e)), draws=400)
+        m = bootstrap(part.error, lambda e: np.sqrt(np.mean(e * e)), draws=200)
         facts = {"rmse": m.value, "low": m.low, "high": m.high, "median": part.error.median()}
         rows.append(dict(zip(by, key, strict=True)) | facts)
     return pd.DataFrame(rows)
