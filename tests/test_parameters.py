@@ -108,11 +108,18 @@ def test_a_parameters_cell_that_cannot_be_read_is_refused(source, message):
 
 
 def test_a_command_line_is_read_by_the_declared_types():
-    text = "draft_length=8 temperature=nan drafts=[1,2] model=1e3 verbose=true device='a b'"
+    text = "draft_length=8 temperature=nan drafts=[1, 2] rivals=[\"iPNDM\", 'b c'] model=1e3 verbose=true device='a b'"
     values = read_assignments("decoding/spectr", DECLARED, text)
     assert values.pop("temperature") != 0
-    assert values == {"draft_length": 8, "drafts": [1, 2], "model": "1e3", "verbose": True, "device": "a b"}
-    for wrong in ("draft_length", "draft_length='8"):
+    assert values == {
+        "draft_length": 8,
+        "drafts": [1, 2],
+        "rivals": ["iPNDM", "b c"],
+        "model": "1e3",
+        "verbose": True,
+        "device": "a b",
+    }
+    for wrong in ("draft_length", "draft_length='8", "drafts=[1,2"):
         with pytest.raises(ParameterError):
             read_assignments("decoding/spectr", DECLARED, wrong)
 

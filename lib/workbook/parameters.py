@@ -187,15 +187,17 @@ def check_parameters(name: str, declared: Mapping[str, Parameter], values: Mappi
 
 def read_assignments(name: str, declared: Mapping[str, Parameter], text: str) -> dict[str, Any]:
     """Values from a command line, `draft_length=8 temperature=0.7 drafts=[1,2]`, unchecked."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise ParameterError(f"{name}: the parameters {text!r} cannot be read: {error}.") from None
+    word = r"""(?:[^\s\['"]|\[[^\]]*\]|'[^']*'|"[^"]*")+"""
+    left = re.sub(word, "", text).strip()
+    if left:
+        raise ParameterError(f"{name}: the parameters {text!r} cannot be read: {left[0]} is not closed.")
     values = {}
-    for word in words:
-        key, equals, value = word.partition("=")
+    for assignment in re.findall(word, text):
+        key, equals, value = assignment.partition("=")
         if not equals:
-            raise ParameterError(f"{name}: {word} is not of the form parameter=value.")
+            raise ParameterError(f"{name}: {assignment} is not of the form parameter=value.")
+        if not value.startswith("["):  # quotes inside a list are Python's, others the shell's
+            value = " ".join(shlex.split(value))
         values[key] = value if key in declared and declared[key].type == "str" else _literal(value)
     return values
 
