@@ -271,11 +271,6 @@ class Llama:
         return F.rms_norm(x, x.shape[-1:], self.norm, self.epsilon)
 
 
-def load_llama(name: str = SMOLLM2, *, dtype: torch.dtype = torch.float32) -> Llama:
-    """The lean forward pass of a Llama-type model, by Hugging Face name or folder."""
-    return Llama.from_transformers(load_lm(name, dtype=dtype))
-
-
 def chat(tokenizer, question: str) -> torch.Tensor:
     """Token ids, shape (1, n), of a chat prompt that asks `question`."""
     message = [{"role": "user", "content": question}]
