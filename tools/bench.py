@@ -93,14 +93,14 @@ def recorded(name: str, start: str) -> Callable[[], float | None]:
 
 
 MNIST = 'data.fashion_mnist("train"); data.fashion_mnist("test")'
-RECORDED = [  # what, notebook, start of the quantity's name, unit, limit, at least
+RECORDED = [  # what, notebook, start of the quantity's name or id of the claim, unit, limit, at least
     ("spectr: fastest against plain sampling", "decoding/spectr", "fastest decoder over plain", "×", 1.5, True),
     ("spectr: fastest against transformers", "decoding/spectr", "fastest decoder over the best", "×", 1.2, True),
     ("spectr: selection at a position, V = 49,152", "decoding/spectr", "selection, K = 4", "ms", 1, False),
-    ("deis: solver overhead of a step", "diffusion/deis", "solver overhead", "%", 3, False),
-    ("deis: coefficient tables", "diffusion/deis", "coefficient tables", "ms", 50, False),
-    ("kinetics: decode time, held-out error", "test-time/kinetics", "held-out error", "%", 20, False),
-    ("kinetics: block top-k against dense SDPA", "test-time/kinetics", "block top-k over dense", "×", 2, True),
+    ("deis: solver overhead, share of the time", "diffusion/deis", "C5", "%", 3, False),
+    ("deis: coefficient tables", "diffusion/deis", "coefficients, 20 steps", "ms", 50, False),
+    ("kinetics: decode time, relative held-out error", "test-time/kinetics", "C4", "", 0.2, False),
+    ("kinetics: block top-k against dense SDPA", "test-time/kinetics", "C6", "×", 2, True),
 ]
 
 
