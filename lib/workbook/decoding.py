@@ -11,7 +11,7 @@ import torch
 
 from workbook.chance import Chance
 from workbook.models.lm import KVCache, Llama
-from workbook.verifiers import Drafts, Emission, Verifier
+from workbook.verifiers import Drafts, Emission, Proposal, Verifier, independent
 
 
 def probabilities(logits: torch.Tensor | np.ndarray, temperature: float = 1.0, top_p: float = 1.0) -> np.ndarray:
@@ -111,12 +111,14 @@ def decode(
     chance: Chance,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    propose: Proposal = independent,
     callback: Callable[[Drafts, Emission], None] | None = None,
 ) -> Trace:
-    """Speculative decoding with `drafts` i.i.d. draft rows of `length` tokens a step (SpecTr, Algorithm 3).
+    """Speculative decoding with `drafts` draft rows of `length` tokens a step (SpecTr, Algorithm 3).
 
     The target scores all rows in one pass over their prefix tree: rows that agree share their nodes. Both caches are
     rolled back to the accepted tokens. At least `new_tokens` tokens are emitted; the surplus of the last step is cut.
+    propose: how the rows' first tokens are drawn from the draft's law, i.i.d. by default; each row goes on alone.
     callback(drafts, emission) is called after each step. Raises ValueError if drafts, length or prompt are empty.
     """
     if drafts < 1 or length < 1 or len(prompt) < 2:
@@ -133,7 +135,9 @@ def decode(
     draft_cache.expand(drafts)
     clock("prefill")
     while len(trace.tokens) < new_tokens:
-        tokens, draft_law = _draft_rows(draft, draft_cache, sequence, drafts, length, chance, temperature, top_p)
+        tokens, draft_law = _draft_rows(
+            draft, draft_cache, sequence, drafts, length, chance, temperature, top_p, propose
+        )
         trace.draft_calls += length
         clock("draft")
         nodes, parents, node_of = _prefix_tree(tokens)
@@ -174,8 +178,9 @@ def _draft_rows(
     chance: Chance,
     temperature: float,
     top_p: float,
+    propose: Proposal,
 ) -> tuple[np.ndarray, Callable[[int, int], np.ndarray]]:
-    """Sample `rows` independent continuations of `length` tokens; returns (tokens, draft law by row and depth)."""
+    """Sample up to `rows` continuations of `length` tokens; returns (tokens, draft law by row and depth)."""
     pending = torch.tensor([sequence[cache.length :]]).expand(rows, -1)
     laws, tokens = [], np.empty((rows, length), dtype=np.int64)
     for depth in range(length):
@@ -184,8 +189,12 @@ def _draft_rows(
             logits[:1].cpu() if depth == 0 else logits.cpu(), temperature, top_p
         )  # the first law is common
         laws.append(law)
-        for row in range(rows):
-            tokens[row, depth] = chance.draw(law[row if depth else 0])
+        if depth == 0:
+            first = list(propose(law[0], rows, chance))
+            tokens[:, 0] = first + first[-1:] * (rows - len(first))  # copies fill the batch, and are cut off below
+        else:
+            for row in range(rows):
+                tokens[row, depth] = chance.draw(law[row])
         if draft.vocabulary is not None:
             tokens[:, depth] = draft.vocabulary[tokens[:, depth]]
         pending = torch.from_numpy(tokens[:, depth : depth + 1])
@@ -198,7 +207,7 @@ def _draft_rows(
         full[draft.vocabulary] = law
         return full
 
-    return tokens, law_at
+    return tokens[: len(first)], law_at
 
 
 def _prefix_tree(tokens: np.ndarray) -> tuple[list[int], list[int], list[list[int]]]:
