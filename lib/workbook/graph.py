@@ -3,7 +3,8 @@
 The ingredients of a run:
 - the source of each code cell (prose may change freely);
 - the value of each parameter;
-- each `workbook` module that the notebook imports, directly or through other modules, at the top or in a function;
+- each `workbook` module that the notebook imports, directly or through other modules, at the top or in a function,
+  and each C file that such a module names;
 - each data file that it names. A file of data/MANIFEST.json is named by a string in the notebook's code or parameters
   or in an imported module: the whole key ("fashion-mnist/fashion-mnist.zip"), the file's name, or its stem
   (`checkpoints.load("eps_unet_fmnist")`). In the notebook an f-string names all that it can spell (f"gpt_chain_{i}").
@@ -104,6 +105,12 @@ def modules(trees: Iterable[ast.AST]) -> list[str]:
     return sorted(found)
 
 
+def sources(names: Iterable[str]) -> list[Path]:
+    """The C files beside a module that its text names: workbook.kernels names int4.c."""
+    beside = {module_file(name).with_name(text) for name in names for text in _module(name)[1] if text.endswith(".c")}
+    return sorted(path for path in beside if path.is_file())
+
+
 def _read_manifest() -> dict[str, dict]:
     return (read_object(paths.DATA / "MANIFEST.json") or {}).get("files", {})
 
@@ -151,6 +158,7 @@ def ingredients(plan: Plan) -> dict[str, str]:
         {f"code of cell {cell.number}": digest_text(cell.source) for cell in cells}
         | {f"parameter {name}": repr(value) for name, value in plan.parameters.items()}
         | {shown(module_file(name)): digest(module_file(name)) for name in used}
+        | {shown(path): digest(path) for path in sources(used)}
         | {f"data/{name}": digest(paths.DATA / name) for name in data_files(texts) if _maker(name) != plan.name}
         | {shown(LOCK): digest(LOCK)}
     )

@@ -23,7 +23,7 @@ Decoder = Callable[[list[int], Sequence[int]], dict]  # (prompt, entropy of its 
 def speculative_decoder(
     target: Llama, draft: Llama, verifier: Verifier, drafts: int, length: int, **settings
 ) -> Decoder:
-    """`decoding.decode` with a verifier as a decoder; settings: new_tokens, temperature, top_p."""
+    """`decoding.decode` with a verifier as a decoder; settings: new_tokens, temperature, top_p, propose."""
 
     def run(prompt: list[int], entropy: Sequence[int]) -> dict:
         trace = decoding.decode(
