@@ -5,6 +5,7 @@ The ingredients of a run:
 - the value of each parameter;
 - each `workbook` module that the notebook imports, directly or through other modules, at the top or in a function,
   and each C file that such a module names;
+- the method of each other notebook that it names (`load_method("diffusion/deis")`);
 - each data file that it names. A file of data/MANIFEST.json is named by a string in the notebook's code or parameters
   or in an imported module: the whole key ("fashion-mnist/fashion-mnist.zip"), the file's name, or its stem
   (`checkpoints.load("eps_unet_fmnist")`). In the notebook an f-string names all that it can spell (f"gpt_chain_{i}").
@@ -151,6 +152,7 @@ def ingredients(plan: Plan) -> dict[str, str]:
     trees = [parse(cell.source) for cell in cells]
     used = modules(trees)
     texts = {text for tree in trees for text in strings(tree)}
+    others = [name for name in notebook.names() if name in texts and name != plan.name]
     texts |= {text for name in used for text in _module(name)[1]}
     for value in plan.parameters.values():
         texts |= {_literal(item) for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)}
@@ -159,6 +161,10 @@ def ingredients(plan: Plan) -> dict[str, str]:
         | {f"parameter {name}": repr(value) for name, value in plan.parameters.items()}
         | {shown(module_file(name)): digest(module_file(name)) for name in used}
         | {shown(path): digest(path) for path in sources(used)}
+        | {
+            f"the method of {name}": digest_text("\n".join(cell.source for cell in notebook.method_cells(name)))
+            for name in others
+        }
         | {f"data/{name}": digest(paths.DATA / name) for name in data_files(texts) if _maker(name) != plan.name}
         | {shown(LOCK): digest(LOCK)}
     )

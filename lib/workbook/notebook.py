@@ -107,13 +107,17 @@ def title(path: Path) -> str:
     return path.stem
 
 
+def method_cells(name: str) -> list[Cell]:
+    """The cells of the notebook CHAPTER/NAME that are tagged `imports` or `method`, in order."""
+    return [cell for cell in code_cells(path_of(find(name))) if {"imports", "method"} & set(cell.tags)]
+
+
 def load_method(name: str) -> types.ModuleType:
     """The method of the notebook CHAPTER/NAME as a module: its cells tagged `imports` and `method`, run in order.
 
     Tracebacks show the cell's own lines. Raises NotebookError if the notebook has no cell tagged `method`.
     """
-    path = path_of(find(name))
-    cells = [cell for cell in code_cells(path) if {"imports", "method"} & set(cell.tags)]
+    path, cells = path_of(find(name)), method_cells(name)
     if not any("method" in cell.tags for cell in cells):
         raise NotebookError(f"{name} has no cell tagged method.")
     module = types.ModuleType("workbook_method_" + "".join(c if c.isalnum() else "_" for c in name))
