@@ -11,7 +11,9 @@
  * [panel][input / 32][3][32], two words of eight nibbles and one of sixteen positions.
  *
  * One source, several machines: vectors of 16, 8 or 4 floats in the compiler's own notation, by the flags that it gets;
- * with AVX512-BF16 pairs of bf16, with AMX tiles of them. float32 activations; the bf16 paths round them to bf16.
+ * with AVX512-BF16 pairs of bf16, with AMX tiles of them. float32 activations; the bf16 paths round them to bf16. With
+ * AVX2 a single row is rounded to whole multiples of 2^-14 of the power of two above its chunk's largest activation, so
+ * that bytes can be multiplied: at one row the float path is slower than memory.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -40,6 +42,7 @@
 #define LANES 8
 #define FUSED 3
 #define ROWS 6 /* 6 x 2 accumulators of 16 registers */
+#define BYTES 1 /* a single row is multiplied in bytes */
 #else
 #define LANES 4
 #define FUSED 1
@@ -84,6 +87,7 @@ typedef struct {
     const float *x;         /* (chunks, m, chunk), divided by the nibbles' powers of two */
     const float *offset;    /* (chunks, m): -8 times the sum of the chunk's x, the zero point of the whole chunk */
     const uint16_t *pairs;  /* (chunks, padded, chunk) in bf16, for the bf16 paths; padded: m rounded up to 16 */
+    const int32_t *fixed;   /* (chunks, m, 2 + chunk / 2) for the byte path: see split */
     int m, padded, group, chunk, chunks;
 } problem;
 
@@ -124,6 +128,87 @@ INLINE void fused(const problem *p, int row, int rows, int from, int to, float *
         }
     }
 }
+
+#ifdef BYTES
+/* Activations of one chunk as whole numbers 256 upper + lower, |.| <= 2^14: first their unit (a float) and -8 times
+ * their sum, then for each eight inputs four words of bytes: upper and lower of those in the low nibbles of a weight's
+ * bytes, upper and lower of those in the high nibbles. */
+static void split(const float *x, int chunk, int32_t *to) {
+    static const int INPUTS[2][4] = {{0, 4, 1, 5}, {2, 6, 3, 7}};
+    int32_t most = 14 << 23, sum = 0; /* sizes order like their bits; below 2^-112 everything is zero */
+    for (int i = 0; i < chunk; i++) {
+        int32_t size;
+        memcpy(&size, x + i, 4);
+        size &= 0x7fffffff;
+        most = most > size ? most : size;
+    }
+    const int32_t exponent = most >> 23, powers[2] = {(exponent - 13) << 23, (267 - exponent) << 23};
+    float unit, inverse;
+    memcpy(&unit, powers, 4), memcpy(&inverse, powers + 1, 4);
+    int8_t *bytes = (int8_t *)(to + 2);
+    for (int j = 0; j < chunk; j += 8, bytes += 16)
+        for (int odd = 0; odd < 2; odd++)
+            for (int i = 0; i < 4; i++) {
+                const float shifted = x[j + INPUTS[odd][i]] * inverse + 0x1.8p23f; /* the last bit is the unit now */
+                int32_t whole;
+                memcpy(&whole, &shifted, 4);
+                whole -= 0x4b400000;
+                const int32_t upper = (whole + 128) >> 8;
+                bytes[8 * odd + i] = (int8_t)upper;
+                bytes[8 * odd + 4 + i] = (int8_t)(whole - 256 * upper);
+                sum += whole;
+            }
+    memcpy(to, &unit, 4);
+    to[1] = -8 * sum;
+}
+
+/* One row: 32 products of a nibble and a byte an instruction. Four words of weights give eight sums of two products,
+ * at most 8 x 2 x 15 x 128 in size, which 16 bits hold. */
+static OUTLINE void single(const problem *p, int row, int from, int to, float *y) {
+    const int words = p->chunk / 8;
+    const uint32_t *w = p->words + (size_t)from * words * PANEL;
+    const __m256i nibble = _mm256_set1_epi8(15), once = _mm256_set1_epi16(1), often = _mm256_set1_epi16(256);
+    for (int c = from; c < to; c++) {
+        const int32_t *x = p->fixed + ((size_t)c * p->m + row) * (2 + p->chunk / 2);
+        float unit;
+        memcpy(&unit, x, 4);
+        __m256i sum[VECTORS];
+        for (int v = 0; v < VECTORS; v++) sum[v] = _mm256_set1_epi32(x[1]);
+        x += 2;
+        for (int j = 0; j < words; j += 4) {
+            __m256i upper[VECTORS], lower[VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) upper[v] = lower[v] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++, w += PANEL, x += 4) {
+                const __m256i a = _mm256_set1_epi32(x[0]), b = _mm256_set1_epi32(x[1]);
+                const __m256i c = _mm256_set1_epi32(x[2]), d = _mm256_set1_epi32(x[3]);
+                prefetch(w, 4 * PANEL);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) {
+                    const __m256i word = _mm256_loadu_si256((const __m256i *)(w + v * LANES));
+                    const __m256i even = _mm256_and_si256(word, nibble);
+                    const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(word, 4), nibble);
+                    upper[v] = _mm256_add_epi16(upper[v], _mm256_maddubs_epi16(even, a));
+                    lower[v] = _mm256_add_epi16(lower[v], _mm256_maddubs_epi16(even, b));
+                    upper[v] = _mm256_add_epi16(upper[v], _mm256_maddubs_epi16(odd, c));
+                    lower[v] = _mm256_add_epi16(lower[v], _mm256_maddubs_epi16(odd, d));
+                }
+            }
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) {
+                sum[v] = _mm256_add_epi32(sum[v], _mm256_madd_epi16(upper[v], often));
+                sum[v] = _mm256_add_epi32(sum[v], _mm256_madd_epi16(lower[v], once));
+            }
+        }
+        const uint16_t *s = p->scales + (size_t)(c * p->chunk / p->group) * PANEL;
+        for (int v = 0; v < VECTORS; v++) {
+            float *out = y + row * PANEL + v * LANES;
+            store(out, load(out) + load_scales(s + v * LANES) * (unit * to_float((vword)sum[v])));
+        }
+    }
+}
+#endif
 
 /* chunk x 32 weights into the first-level cache, once for all rows */
 INLINE void dequantise(const problem *p, int c, float *tile) {
@@ -477,6 +562,12 @@ static block_function *const BLOCKS[] = {block_1, block_2, block_3, block_4, blo
 static void stripe(const problem *p, int from, int to, int sparse, int reuse, float *y, workspace *space) {
     if (p->m <= FUSED || !reuse) {
         const int step = reuse ? p->m : 1; /* without reuse every row de-quantises the weights for itself */
+#ifdef BYTES
+        if (p->fixed) {
+            for (int row = 0; row < p->m; row++) single(p, row, from, to, y);
+            return;
+        }
+#endif
         for (int row = 0; row < p->m; row += step) FUSED_ROWS[sparse][step - 1](p, row, from, to, y);
         return;
     }
@@ -507,9 +598,17 @@ static uint16_t to_bf16(float value) { /* round half to even */
 }
 
 /* one row of activations in the form that the kernels want: by chunk, so that the rows of a block lie together */
-static void prepare(const problem *p, const float *x, int row, int sparse, float *scaled, float *offset, uint16_t *pairs) {
+static void prepare(const problem *p, const float *x, int row, int sparse, float *scaled, float *offset, uint16_t *pairs,
+                    int32_t *fixed) {
     static const float part[4] = {1.0f, 0x1p-8f, 0x1p-16f, 0x1p-24f};
+    (void)fixed; /* most builds have no byte path */
     for (int c = 0; c < p->chunks; c++, x += p->chunk) {
+#ifdef BYTES
+        if (fixed) {
+            split(x, p->chunk, fixed + ((size_t)c * p->m + row) * (2 + p->chunk / 2));
+            continue;
+        }
+#endif
         float sum = 0, *to = scaled + ((size_t)c * p->m + row) * p->chunk;
         for (int i = 0; i < p->chunk; i++) sum += x[i];
         for (int i = 0; i < p->chunk; i++) to[i] = x[i] * part[sparse ? i / 4 % 4 : BYTE[i % 8]];
@@ -540,24 +639,28 @@ int int4_matmul(const float *x, const uint32_t *words, const uint16_t *scales, f
     float *sums = malloc(sizeof(float) * 2 * threads * part); /* of each thread: its panel, and its leading fragment */
     workspace *spaces = aligned_alloc(64, sizeof(workspace) * threads);
     uint16_t *pairs = NULL;
-#ifdef __AVX512BF16__
+    int32_t *fixed = NULL;
+#ifdef BYTES
+    if (!sparse && (m == 1 || !reuse)) fixed = malloc(sizeof(int32_t) * m * chunks * (2 + chunk / 2));
+    const int failed = !sparse && (m == 1 || !reuse) && !fixed;
+#elif defined(__AVX512BF16__)
     if (!sparse) pairs = aligned_alloc(64, (sizeof(uint16_t) * padded * k + 63) / 64 * 64);
     const int failed = !sparse && !pairs;
 #else
     const int failed = 0;
 #endif
     if (failed || !scaled || !sums || !spaces) {
-        free(scaled), free(sums), free(spaces), free(pairs);
+        free(scaled), free(sums), free(spaces), free(pairs), free(fixed);
         return 1;
     }
     float *offset = scaled + (size_t)m * k;
     if (pairs && padded > m) memset(pairs, 0, sizeof(uint16_t) * padded * k);
-    problem whole = {.x = scaled, .offset = offset, .pairs = pairs, .m = m, .padded = padded, .group = group,
+    problem whole = {.x = scaled, .offset = offset, .pairs = pairs, .fixed = fixed, .m = m, .padded = padded, .group = group,
                      .chunk = chunk, .chunks = chunks};
     int team = 1;
     /* few rows are prepared sooner than a second thread wakes up */
 #pragma omp parallel for num_threads(threads) if ((size_t)m * k > 65536)
-    for (int row = 0; row < m; row++) prepare(&whole, x + (size_t)row * k, row, sparse, scaled, offset, pairs);
+    for (int row = 0; row < m; row++) prepare(&whole, x + (size_t)row * k, row, sparse, scaled, offset, pairs, fixed);
 #pragma omp parallel num_threads(threads)
     {
         int self = 0, members = 1;
@@ -594,7 +697,7 @@ int int4_matmul(const float *x, const uint32_t *words, const uint16_t *scales, f
             for (int i = 0; i < PANEL; i++)
                 y[(size_t)row * n + panel * PANEL + i] += sums[(2 * t + 1) * part + row * PANEL + i];
     }
-    free(scaled), free(sums), free(spaces), free(pairs);
+    free(scaled), free(sums), free(spaces), free(pairs), free(fixed);
     return 0;
 }
 

@@ -148,7 +148,8 @@ class Int4Kernel:
 
         words: int32 of shape (N/32, K/8, 32), or (N/32, K/32, 3, 32) if sparse; scales: float16, (N/32, K/group, 32);
         group: inputs that share a scale, a multiple of 32; reuse: False makes every row de-quantise the weights again;
-        threads: default torch's number. The bf16 builds round x to bf16. Raises ValueError for other shapes or types.
+        threads: default torch's number. The bf16 builds round x to bf16, AVX2 a single row
+        to 15 bits. Raises ValueError for other shapes or types.
         """
         (m, k), (panels, groups, width) = x.shape, scales.shape
         expected = (panels, k // 32, 3, 32) if sparse else (panels, k // 8, 32)
