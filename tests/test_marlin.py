@@ -2,16 +2,15 @@
 
 import importlib
 import itertools
-import json
 import subprocess
 import threading
 
 import numpy as np
 import pytest
 import torch
-from test_mutations import checks
+from test_mutations import checks, fails, mutate
 
-from workbook import graph, kernels, linears, notebook, paths, quantisation
+from workbook import graph, kernels, linears, paths, quantisation
 from workbook.notebook import load_method
 
 NAME = "decoding/marlin"
@@ -413,26 +412,10 @@ MUTATIONS = [
 @pytest.mark.parametrize(("old", "new"), MUTATIONS)
 def test_a_changed_sign_is_caught(old, new, tmp_path, monkeypatch):
     """As tests/test_mutations.py does, with the tests of this module that need no fixture and no C kernel."""
-    source = json.loads(notebook.path_of(NAME).read_text(encoding="utf-8"))
-    cells = [cell for cell in source["cells"] if "method" in cell["metadata"].get("tags", [])]
-    texts = ["".join(cell["source"]) for cell in cells]
-    assert sum(text.count(old) for text in texts) == 1, f"{old!r} does not stand exactly once in the method"
-    for cell, text in zip(cells, texts, strict=True):
-        cell["source"] = text.replace(old, new)
-    target = tmp_path / f"{NAME}.ipynb"
-    target.parent.mkdir(parents=True)
-    target.write_text(json.dumps(source), encoding="utf-8")
     module = importlib.import_module(__name__)
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
-    monkeypatch.setattr(module, "marlin", load_method(NAME))
-    for check in checks(module, {}):
-        if "build" in check.__defaults__[0].__name__:
-            continue
-        try:
-            check()
-        except Exception:  # whatever a wrong method leads to
-            return
-    pytest.fail(f"nothing noticed that {old!r} became {new!r}")
+    monkeypatch.setattr(module, "marlin", mutate(NAME, old, new, tmp_path, monkeypatch))
+    judges = (check for check in checks(module, {}) if "build" not in check.__defaults__[0].__name__)
+    assert any(map(fails, judges)), f"nothing noticed that {old!r} became {new!r}"
 
 
 def test_a_changed_kernel_makes_the_notebook_stale():

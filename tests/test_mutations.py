@@ -44,9 +44,8 @@ def checks(module, given):
             yield from (lambda f=function, c=case: f(**c) for case in cases)
 
 
-@pytest.mark.filterwarnings("ignore")  # a wrong method may well divide by zero
-@pytest.mark.parametrize(("name", "old", "new"), MUTATIONS)
-def test_changed_sign_is_caught(name, old, new, tmp_path, monkeypatch):
+def mutate(name, old, new, folder, monkeypatch):
+    """The method of a notebook in which `old`, which stands there exactly once, became `new`, as a module."""
     source = json.loads((paths.NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
     hits = 0
     for cell in source["cells"]:
@@ -55,21 +54,30 @@ def test_changed_sign_is_caught(name, old, new, tmp_path, monkeypatch):
             hits += text.count(old)
             cell["source"] = text.replace(old, new)
     assert hits == 1, f"{old!r} stands {hits} times in the method of {name}"
-    target = tmp_path / f"{name}.ipynb"
+    target = folder / f"{name}.ipynb"
     target.parent.mkdir(parents=True)
     target.write_text(json.dumps(source), encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "NOTEBOOKS", folder)
+        return notebook.load_method(name)
+
+
+def fails(check):
+    """Whether a check raises."""
+    try:
+        check()
+    except Exception:  # whatever a wrong method leads to
+        return True
+    return False
+
+
+@pytest.mark.filterwarnings("ignore")  # a wrong method may well divide by zero
+@pytest.mark.parametrize(("name", "old", "new"), MUTATIONS)
+def test_changed_sign_is_caught(name, old, new, tmp_path, monkeypatch):
     short = name.rpartition("/")[2].replace("-", "_")
     module = importlib.import_module(f"test_{short}")
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
-    mutated = notebook.load_method(name)
+    mutated = mutate(name, old, new, tmp_path, monkeypatch)
     for key, value in list(vars(module).items()):
         if getattr(value, "__name__", "") == mutated.__name__:
             monkeypatch.setattr(module, key, mutated)
-    failures = 0
-    for check in checks(module, {short: mutated}):
-        try:
-            check()
-        except Exception:  # whatever a wrong method leads to
-            failures += 1
-            break
-    assert failures, f"{name}: nothing noticed that {old!r} became {new!r}"
+    assert any(map(fails, checks(module, {short: mutated}))), f"{name}: nothing noticed that {old!r} became {new!r}"

@@ -1,6 +1,5 @@
 """The method of decoding/optimal-mdsd, and the shared rules for several drafts, against independent roads."""
 
-import json
 import sys
 from functools import partial
 from itertools import combinations, permutations
@@ -8,10 +7,10 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 import torch
-from test_mutations import checks
+from test_mutations import checks, fails, mutate
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workbook import acceptance, decoding, notebook, paths, verifiers
+from workbook import acceptance, decoding, notebook, verifiers
 from workbook.chance import Chance, ToyModel, enumerate_outcomes
 from workbook.models.lm import Llama
 
@@ -306,24 +305,6 @@ MUTATIONS = [
 @pytest.mark.parametrize("number", range(len(MUTATIONS)))
 def test_changed_sign_is_caught(number, tmp_path, monkeypatch):
     old, new = MUTATIONS[number]
-    source = json.loads((paths.NOTEBOOKS / f"{NAME}.ipynb").read_text(encoding="utf-8"))
-    hits = 0
-    for cell in source["cells"]:
-        if "method" in cell["metadata"].get("tags", []):
-            text = "".join(cell["source"])
-            hits += text.count(old)
-            cell["source"] = text.replace(old, new)
-    assert hits == 1, f"{old!r} stands {hits} times in the method"
-    path = tmp_path / f"{NAME}.ipynb"
-    path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(source), encoding="utf-8")
     this = sys.modules[__name__]
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
-    monkeypatch.setattr(this, "mdsd", notebook.load_method(NAME))
-    monkeypatch.setattr(paths, "NOTEBOOKS", paths.ROOT / "notebooks")
-    for check in checks(this, {}):
-        try:
-            check()
-        except Exception:  # whatever a wrong method leads to
-            return
-    pytest.fail(f"nothing noticed that {old!r} became {new!r}")
+    monkeypatch.setattr(this, "mdsd", mutate(NAME, old, new, tmp_path, monkeypatch))
+    assert any(map(fails, checks(this, {}))), f"nothing noticed that {old!r} became {new!r}"

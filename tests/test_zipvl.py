@@ -1,14 +1,14 @@
 """The method cells of decoding/zipvl, its cache and its model against loops, dense attention and transformers."""
 
-import json
 import sys
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from test_mutations import fails, mutate
 
-from workbook import longprompt, notebook, paths
+from workbook import longprompt, notebook
 from workbook.kvcache import MixedCache, pack, unpack
 from workbook.models import vlm
 from workbook.models.lm import Llama
@@ -285,18 +285,7 @@ MUTATIONS = [
 
 @pytest.mark.parametrize(("old", "new"), MUTATIONS)
 def test_changed_sign_is_caught(old, new, tmp_path, monkeypatch):
-    source = json.loads((paths.NOTEBOOKS / "decoding" / "zipvl.ipynb").read_text(encoding="utf-8"))
-    hits = 0
-    for cell in source["cells"]:
-        text = "".join(cell["source"])
-        if "method" in cell["metadata"].get("tags", []):
-            hits += text.count(old)
-            cell["source"] = text.replace(old, new)
-    assert hits == 1, f"{old!r} stands {hits} times in the method"
-    (tmp_path / "decoding").mkdir()
-    (tmp_path / "decoding" / "zipvl.ipynb").write_text(json.dumps(source), encoding="utf-8")
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
-    monkeypatch.setattr(sys.modules[__name__], "zipvl", notebook.load_method("decoding/zipvl"))
+    monkeypatch.setattr(sys.modules[__name__], "zipvl", mutate("decoding/zipvl", old, new, tmp_path, monkeypatch))
     assert any(fails(check) for check in checks(make_toy())), f"nothing noticed that {old!r} became {new!r}"
 
 
@@ -309,12 +298,3 @@ def checks(toy):
     yield from (lambda a=a: test_sparse_attention_is_the_masked_softmax(a) for a in (False, True))
     yield from (lambda k=k: test_no_code_is_further_than_half_a_step(2, k) for k in (True, False))
     yield lambda: test_the_tail_is_quantised_when_it_is_full(toy)
-
-
-def fails(check):
-    """Whether a check raises."""
-    try:
-        check()
-    except Exception:  # whatever a wrong method leads to
-        return True
-    return False
