@@ -133,6 +133,8 @@ def _cores(plan: Plan) -> Iterator[None]:
 def _execute(plan: Plan, executed: Path, out: Path, log) -> None:
     cells = len(notebook.read(plan.notebook)["cells"])
     progress = Progress(plan.name, cells)
+    # jsonschema would import a parser of IRIs that takes a second to build; a notebook's schema has no IRI
+    sys.modules.setdefault("rfc3987_syntax", None)
     from workbook.kernel import Execution  # papermill, nbclient: a second or two
 
     os.environ.update(
