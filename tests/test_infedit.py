@@ -340,7 +340,7 @@ def test_structural_similarity_of_windows_by_hand():
     shared = (a * b).mean(1) - mean
     top = (2 * mean + 0.0004) * (2 * shared + 0.0036)
     bottom = (a.mean(1) ** 2 + b.mean(1) ** 2 + 0.0004) * (spread + 0.0036)
-    assert editing.ssim(one, other) == pytest.approx(top / bottom)
+    assert images.ssim(one, other) == pytest.approx(top / bottom)
 
 
 def test_the_schedule_is_that_of_stable_diffusion(beta):

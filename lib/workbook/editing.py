@@ -71,20 +71,6 @@ def draw_edits(
     return Edits(*(part[picked].to(device) for part in (x, source, target, side)), np.array(kinds))
 
 
-def ssim(pictures: torch.Tensor, reference: torch.Tensor, *, size: int = 7) -> NDArray:
-    """Structural similarity (Wang et al. 2004) of pictures in [-1, 1], square window of `size` pixels, shape (n,)."""
-
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return functional.avg_pool2d(x.double(), size, 1)
-
-    one, other = mean(pictures), mean(reference)
-    spread = mean(pictures**2) - one**2 + mean(reference**2) - other**2
-    shared = mean(pictures * reference) - one * other
-    c_1, c_2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    value = (2 * one * other + c_1) * (2 * shared + c_2) / ((one**2 + other**2 + c_1) * (spread + c_2))
-    return value.mean((1, 2, 3)).cpu().numpy()
-
-
 def self_similarity(classifier: torch.nn.Module, canvases: torch.Tensor) -> torch.Tensor:
     """Cosines between all places of the classifier's second feature map in each half, shape (n, 2, 64, 64)."""
     maps = torch.stack([classifier.stages[:2](part).flatten(2) for part in canvases.split(32, dim=3)], 1)
@@ -109,7 +95,7 @@ def score(edits: Edits, edited: torch.Tensor, judge: canvas.Judge, *, ceiling: f
             "kind": edits.kind,
             "right": 100.0 * verdict["all"],
             "psnr": np.minimum(images.psnr(*ground), ceiling),
-            "ssim": ssim(*ground),
+            "ssim": images.ssim(*ground),
             "structure": 1e3 * (maps[0] - maps[1]).square().mean((1, 2, 3)).cpu().numpy(),
         }
     )

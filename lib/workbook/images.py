@@ -1,10 +1,11 @@
-"""How good sampled pictures are: the Fréchet distance in classifier features, confidence, and peak signal-to-noise."""
+"""How good pictures are: the Fréchet distance in classifier features, confidence, peak signal-to-noise, SSIM."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from workbook.models.classifier import Classifier
 
@@ -65,3 +66,17 @@ def psnr(pictures: torch.Tensor, reference: torch.Tensor, *, span: float = 2.0) 
     """Peak signal-to-noise ratio of each picture in dB, shape (n,). span: largest minus smallest possible pixel."""
     error = (pictures.double() - reference.double()).square().flatten(1).mean(1).cpu().numpy()
     return 10 * np.log10(span**2 / np.maximum(error, 1e-20))
+
+
+def ssim(pictures: torch.Tensor, reference: torch.Tensor, *, size: int = 7) -> NDArray:
+    """Structural similarity (Wang et al. 2004) of pictures in [-1, 1], square window of `size` pixels, shape (n,)."""
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return functional.avg_pool2d(x.double(), size, 1)
+
+    one, other = mean(pictures), mean(reference)
+    spread = mean(pictures**2) - one**2 + mean(reference**2) - other**2
+    shared = mean(pictures * reference) - one * other
+    c_1, c_2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    value = (2 * one * other + c_1) * (2 * shared + c_2) / ((one**2 + other**2 + c_1) * (spread + c_2))
+    return value.mean((1, 2, 3)).cpu().numpy()
