@@ -1,11 +1,13 @@
 """The shared library's own promises: statistics, records, figures, training."""
 
+import io
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 from workbook import measure, plotting, train
@@ -106,6 +108,18 @@ def test_same_figure_gives_the_same_bytes(study):
         study.figure(name, fig, data=rows, alt="A line.")
     assert contents[0] == contents[1]
     assert b"A line." in contents[0][0], "the SVG carries its alt text"
+    assert Image.open(io.BytesIO(contents[0][1])).text["Description"] == "A line.", "and so does the PNG"
+
+
+def test_smaller_pictures_keep_greys_exactly_and_few_colours():
+    rng = np.random.default_rng(0)
+    grey = Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8))
+    palette = rng.integers(0, 256, (100, 3), dtype=np.uint8)
+    for picture in (grey.convert("RGBA"), Image.fromarray(palette[rng.integers(0, 100, (40, 40))])):
+        data = io.BytesIO()
+        picture.save(data, format="png")
+        small = Image.open(io.BytesIO(plotting.smaller_png(data.getvalue())))
+        np.testing.assert_array_equal(np.asarray(small.convert("RGB")), np.asarray(picture.convert("RGB")))
 
 
 def test_training_resumes_where_it_stopped(tmp_path):
