@@ -183,7 +183,7 @@ def draw_quality(errors: pd.DataFrame, rises: Mapping[str, Measured], rates: pd.
     width = 0.84 / rates.shape[1]
     for index, name in enumerate(rates):
         places = np.arange(len(rates)) + width * (index - (rates.shape[1] - 1) / 2)
-        hatch = ["", "///", "...", "xx"][index % 4]
+        hatch = ["", "///", "--", "xx"][index % 4]
         bars = right.bar(
             places, rates[name], width, color=plotting.COLOURS[index], hatch=hatch, edgecolor="white", label=name
         )
