@@ -22,6 +22,15 @@ def test_bootstrap_agrees_with_scipy():
     assert ours.value == pytest.approx(values.mean())
 
 
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    found = measure.jackknife(values, np.mean, groups=400)
+    assert found.value == pytest.approx(values.mean())
+    assert found.high - found.value == pytest.approx(1.96 * values.std(ddof=1) / 20)
+    with pytest.raises(ValueError, match="cannot be cut into 20 groups"):
+        measure.jackknife(values[:19], np.mean)
+
+
 def test_ratio_pairs_its_rows():
     b = np.random.default_rng(0).uniform(1, 100, 30)
     ratio = measure.ratio(3 * b, b)
@@ -114,8 +123,8 @@ def test_same_figure_gives_the_same_bytes(study):
 def test_smaller_pictures_keep_greys_exactly_and_few_colours():
     rng = np.random.default_rng(0)
     grey = Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8))
-    palette = rng.integers(0, 256, (100, 3), dtype=np.uint8)
-    for picture in (grey.convert("RGBA"), Image.fromarray(palette[rng.integers(0, 100, (40, 40))])):
+    palette = rng.integers(0, 256, (60, 3), dtype=np.uint8)
+    for picture in (grey.convert("RGBA"), Image.fromarray(palette[rng.integers(0, 60, (40, 40))])):
         data = io.BytesIO()
         picture.save(data, format="png")
         small = Image.open(io.BytesIO(plotting.smaller_png(data.getvalue())))

@@ -6,6 +6,7 @@ v(x, sigma) that returns the velocity n - x_0 it expects at x. The loop is `diff
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class StraightPath:
 
 
 PATH = StraightPath()
+AT_ONCE = 2**14  # pixels in one pass on a CPU: activations that stay in its cache made a pass 1.5 times faster
 
 
 def shift(sigma: ArrayLike, s: float) -> NDArray:
@@ -93,18 +95,22 @@ def conditional(network: torch.nn.Module, labels: torch.Tensor, *, guidance: flo
     """A class-conditional network as a model: v(x, sigma), or v(none) + guidance (v(label) - v(none)).
 
     labels: (n,) of int64, one for each picture that the model will see. Guidance 1 needs one call of the network,
-    any other value one call of twice the batch (Ho and Salimans 2022).
+    any other value one call of twice the batch (Ho and Salimans 2022). A CPU takes a large batch in parts.
     """
     from workbook.models.dit import NO_LABEL
 
-    nobody = torch.full_like(labels, NO_LABEL)
+    def one_pass(x: torch.Tensor, sigma: float, named: torch.Tensor) -> torch.Tensor:
+        if guidance == 1.0:
+            return network(x, sigma, named)
+        nobody = torch.full_like(named, NO_LABEL)
+        told, untold = network(torch.cat([x, x]), sigma, torch.cat([named, nobody])).chunk(2)
+        return torch.lerp(untold, told, guidance)
 
     @torch.inference_mode()
     def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
-        if guidance == 1.0:
-            return network(x, sigma, labels)
-        told, untold = network(torch.cat([x, x]), sigma, torch.cat([labels, nobody])).chunk(2)
-        return torch.lerp(untold, told, guidance)
+        pixels = x[0].numel() * (1 if guidance == 1.0 else 2)
+        count = len(x) if x.is_cuda else max(1, AT_ONCE // pixels)
+        return torch.cat([one_pass(*part) for part in zip(x.split(count), repeat(sigma), labels.split(count))])
 
     return velocity
 

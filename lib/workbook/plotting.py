@@ -162,7 +162,7 @@ def write(fig: Figure, stem: Path, *, alt: str) -> list[Path]:
 
 
 def smaller_png(data: bytes, *, alt: str = "") -> bytes:
-    """The PNG file with at most 256 colours, which no chart here exceeds visibly, and `alt` as its description."""
+    """The PNG file in greys, or in the 64 colours that fit it best: enough for a chart. alt: its description."""
     from PIL import Image, ImageChops, PngImagePlugin
 
     text, out = PngImagePlugin.PngInfo(), io.BytesIO()
@@ -173,7 +173,7 @@ def smaller_png(data: bytes, *, alt: str = "") -> bytes:
     if ImageChops.difference(grey.convert("RGB"), picture).getbbox() is None:  # no colour anywhere
         picture = grey
     else:
-        picture = picture.quantize(256, dither=Image.Dither.NONE)
+        picture = picture.quantize(64, kmeans=2, dither=Image.Dither.NONE)
     picture.save(out, format="png", pnginfo=text, optimize=True)
     return out.getvalue()
 
