@@ -201,6 +201,9 @@ def test_the_transformer_points_to_the_data(freeflow):
     guided = freeflow.level_velocity(network, x, t, labels, guidance=3.0)
     assert (told - untold).abs().max() > 1e-2
     assert torch.allclose(guided, -(untold + 3 * (told - untold)), atol=1e-4)
+    partly = freeflow.level_velocity(network, x, t, labels, guidance=3.0, below=0.5)
+    assert torch.allclose(partly[:2], guided[:2], atol=1e-4)
+    assert torch.allclose(partly[2], -told[2], atol=1e-4), "no guidance above the level"
     expected = -network(x, 1 - t / 4, labels)
     assert torch.allclose(freeflow.level_average(network, x, t, labels), expected, atol=1e-6)
 
@@ -229,7 +232,8 @@ MUTATIONS = [
     ("(mean_square(gap) + floor) ** power", "(mean_square(gap) + floor) ** -power"),
     ("alpha * size /", "alpha / size /"),
     ("if step >= recipe.lead", "if step < recipe.lead"),
-    ("-torch.lerp(untold, told, guidance)", "-torch.lerp(told, untold, guidance)"),
+    ("-torch.lerp(untold, told, along", "-torch.lerp(told, untold, along"),
+    ("t <= below", "t >= below"),
     ("1 - delta / slow", "1 - delta * slow"),
     ("(rates <= fastest)", "(rates > fastest)"),
 ]
