@@ -85,7 +85,8 @@ def draw(records: dict[str, dict]):
     for row, record in enumerate(records.values()):
         for column, claim in enumerate(record["claims"]):
             ax.plot(column, row, linestyle="", markersize=9, **LOOK[claim["verdict"]])
-            ax.annotate(claim["id"], (column, row), (8, 0), textcoords="offset points", va="center", fontsize=8)
+            name = claim["id"].partition(",")[0]  # "G5, batch 4" stands under G5: there is no room for more
+            ax.annotate(name, (column, row), (8, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set(xlim=(-0.6, max(columns, 8) - 0.4), ylim=(len(records) - 0.4, -0.6))
     ax.set_yticks(range(len(records)), list(records))
     ax.set_xticks([])
