@@ -75,6 +75,19 @@ def test_guidance(network):
     assert torch.equal(untold, network(x, 0.5, torch.full((3,), NO_LABEL)))
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_large_batch_in_parts_is_the_batch(network, monkeypatch, guidance):
+    x, labels = torch.randn(5, 1, 8, 8), torch.tensor([1, 2, 3, 4, 5])
+    whole = flow.conditional(network, labels, guidance=guidance)(x, 0.5)
+    sizes = []
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(flow, "AT_ONCE", 4 * 64)  # four pictures of 8 x 8, or two and their unguided twins
+    parts = flow.conditional(network, labels, guidance=guidance)(x, 0.5)
+    assert max(sizes) == 4
+    assert len(sizes) > 1
+    assert torch.allclose(parts, whole, atol=1e-5)
+
+
 def test_the_transformer_sees_what_it_is_told(network):
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([4, 4])
     base = network(x, 0.5, labels)
