@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import stats
 
-from workbook import measure, plotting, train
+from workbook import checkpoints, measure, plotting, train
 from workbook.study import Measured, OracleFailed, Published, Study, at_least, at_most, out_of_reach, reaches, within
 
 
@@ -158,3 +159,24 @@ def test_training_resumes_where_it_stopped(tmp_path):
     resumed = fit(new(), 40, resume=file)
     torch.testing.assert_close(resumed.weight, whole.weight)
     assert not file.exists()
+
+
+def test_eight_bits_are_within_half_a_scale_and_survive_the_file(tmp_path):
+    kernel = torch.randn(32, 16, 3, 3) * torch.logspace(-3, 2, 32)[:, None, None, None]
+    small, whole = torch.randn(7, 5), torch.arange(9000).view(90, 100)
+    tensors = {"kernel": kernel, "small": small, "whole": whole, "bias": torch.randn(9000)}
+    saved = {"made_by": "checkpoints/x", "licence": "MIT", "facts": {}, "folder": tmp_path}
+    plain = checkpoints.save("plain", {"kernel": kernel}, **saved).stat().st_size
+    assert checkpoints.save("short", {"kernel": kernel}, dtype=torch.int8, **saved).stat().st_size < 0.6 * plain
+    path = checkpoints.save("x", tensors, dtype=torch.int8, **saved)
+    back = checkpoints.restored(load_file(path))
+    scale = kernel.flatten(1).abs().amax(1) / 127
+    assert ((back["kernel"] - kernel).flatten(1).abs().amax(1) <= 0.51 * scale).all()
+    assert torch.equal(back["small"].float(), small.half().float())
+    assert torch.equal(back["whole"], whole)
+    assert back.keys() == tensors.keys()
+
+
+def test_a_row_of_zeros_survives_eight_bits():
+    rows = torch.cat([torch.zeros(1, 5000), torch.ones(1, 5000)])
+    assert torch.allclose(checkpoints.restored(checkpoints.eight_bits({"w": rows}))["w"], rows, atol=1e-3)

@@ -120,8 +120,9 @@ def training_loss(
 ) -> torch.Tensor:
     """mean (v - (n - x_0))² at noise levels whose logit is standard normal (Esser et al. 2024, section 3.1).
 
-    x: pictures (n, c, h, h); labels: (n,); dropped: the share of labels that the network is not told. The levels of a
-    batch are stratified, one from each of n equally likely ranges: a gradient of less variance at no cost.
+    x: pictures (n, c, h, h) or films (n, c, frames, h, h); labels: (n,); dropped: the share of labels that the
+    network is not told. The levels of a batch are stratified, one from each of n equally likely ranges: a gradient of
+    less variance at no cost.
     """
     from workbook.models.dit import NO_LABEL
 
@@ -130,7 +131,7 @@ def training_loss(
     sigma = torch.special.ndtri(quantile).sigmoid().to(x.device)
     noise = torch.randn(x.shape, generator=generator).to(x.device)
     labels = torch.where(torch.rand(n, generator=generator).to(x.device) < dropped, NO_LABEL, labels)
-    mixed = torch.lerp(x, noise, sigma[:, None, None, None])
+    mixed = torch.lerp(x, noise, sigma.view(n, *[1] * (x.ndim - 1)))
     return (network(mixed, sigma, labels) - (noise - x)).square().mean()
 
 

@@ -210,7 +210,7 @@ def contact_sheet(images: np.ndarray, *, rows: list[str], columns: int, title: s
     for row, name in enumerate(rows):
         for column in range(columns):
             ax = axes[row, column]
-            ax.imshow(images[row, column], cmap="gray_r", interpolation="nearest")
+            ax.imshow(images[row, column], cmap="gray_r", interpolation="none")  # an SVG then holds the pixels
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
