@@ -119,6 +119,16 @@ def test_verifier_judges_a_prefix_by_the_prefix_alone():
     assert ((whole > 0) & (whole < 1)).all()
 
 
+def test_verifier_judges_a_prefix_with_its_last_word():
+    """Another last word changes the judgement of the whole trace, and of no shorter prefix."""
+    model, asked, traces = small()
+    verifier, other = scaling.Verifier(model), traces.copy()
+    other[:, -1] = (other[:, -1] + 1) % planted.WORDS
+    moved = np.abs(verifier.score(asked, other) - verifier.score(asked, traces))
+    assert (moved[:, -1] > 1e-6).all()
+    np.testing.assert_allclose(moved[:, :-1], 0, atol=1e-6)
+
+
 def test_verifier_learns_labels_of_prefixes():
     model, rng = planted.build(seed=3), np.random.default_rng(0)
     asked, traces = planted.questions(300, rng), rng.integers(30, size=(300, 6))
