@@ -1,13 +1,18 @@
 """The lean Llama, its caches and the shared draft–verify loop, against transformers and against exact laws."""
 
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workbook import decoding, verifiers
+from workbook import decoding, paths, verifiers
 from workbook.acceptance import linear_program_acceptance, recursive_acceptance
 from workbook.chance import Chance, ToyModel, enumerate_outcomes
+from workbook.models import lm
 from workbook.models.lm import Llama
 
 
@@ -176,3 +181,28 @@ def test_recursive_rejection_never_beats_the_plan():
     for _ in range(5):
         t, d = rng.dirichlet(np.ones(4), 2)
         assert recursive_acceptance(t, d, 2) <= linear_program_acceptance(t, d, 2) + 1e-9
+
+
+def test_weights_wanted_by_several_at_once_are_made_once_and_whole(tmp_path, monkeypatch):
+    made = []
+
+    def slowly(folder):
+        made.append(folder)
+        partial = folder.with_name("partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            time.sleep(0.02)
+            (partial / name).touch()
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    monkeypatch.setattr(lm, "_dequantise", slowly)
+    (tmp_path / lm.SMOLLM2).mkdir()  # what an interrupted copy leaves behind is not taken for the model
+    (tmp_path / lm.SMOLLM2 / "tokenizer.json").touch()
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lm.model_folder, [lm.SMOLLM2] * 4))
+    assert folders == {str(tmp_path / lm.SMOLLM2)}
+    assert len(made) == 1
+    assert lm.model_folder("another/model") == "another/model"

