@@ -1,17 +1,21 @@
 /* Banded attention for a CPU, fused: a query looks at the keys near it and no others are touched, in float32.
  *
- *     out_i = sum_j softmax_j(scale q_i k_j) v_j,   lse_i = log sum_j exp(scale q_i k_j)
+ *     out_i = sum_j softmax_j(scale q_i k_j) v_j,   lse_i = log sum_j exp(scale q_i k_j) = log(2) largest_i + log(total_i)
  *
  * Tokens are `frames` runs of `places` each. The query at place p looks at the places p - half ... p + half of every
  * frame, cut at the ends. One frame is a plain band.
  *
  * A block of LANES queries works on the few keys that any of them sees. Its scores stand as [key][query], so that the
  * maximum, the exponential and the sum need no shuffle; a vector of keys outside the band exists at the rims alone.
+ * Scores carry log2(e) in their scale, so that the exponential is a power of two.
  * One source for vectors of 16, 8 or 4 floats, by the compiler's flags.
  */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -23,6 +27,7 @@
 #define LANES 4
 #define ROWS 4
 #endif
+#define OUTSIDE -1e30f /* the score of a key that a query does not see */
 #define KEYS 8 /* keys of a register block of the first product */
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
@@ -34,56 +39,89 @@ typedef int32_t vint __attribute__((vector_size(4 * LANES)));
 INLINE vfloat load(const float *p) { vfloat v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float *p, vfloat v) { memcpy(p, &v, sizeof v); }
 INLINE vfloat choose(vint yes, vfloat a, vfloat b) { return (vfloat)(((vint)a & yes) | ((vint)b & ~yes)); }
+INLINE vfloat larger(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
-/* exp(x) for x <= 0, relative error 2e-7; below -87 it is exp(-87), which no sum of ones or more can see */
-INLINE vfloat exponential(vfloat x) {
-    const vfloat low = x * 0.0f - 87.0f, magic = x * 0.0f + 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole */
-    x = choose(x > low, x, low);
-    vfloat whole = x * 1.44269504f + magic;
-    vint power = (vint)whole << 23;
-    whole -= magic;
-    vfloat f = x - whole * 0.693359375f + whole * 2.12194440e-4f; /* log 2 in two parts */
-    vfloat y = f * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * f + 8.3334519073e-3f;
-    y = y * f + 4.1665795894e-2f;
-    y = y * f + 1.6666665459e-1f;
-    y = y * f + 5.0000001201e-1f;
-    y = y * f * f + f + 1.0f;
-    return (vfloat)((vint)y + power);
+/* LANES numbers, `step` floats apart */
+INLINE vfloat gather(const float *p, int64_t step) {
+#if defined(__AVX512F__)
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (vfloat)_mm512_i32gather_ps(_mm512_mullo_epi32(lane, _mm512_set1_epi32((int)step)), p, 4);
+#elif defined(__AVX2__)
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (vfloat)_mm256_i32gather_ps(p, _mm256_mullo_epi32(lane, _mm256_set1_epi32((int)step)), 4);
+#else
+    vfloat v;
+    for (int i = 0; i < LANES; i++) v[i] = p[i * step];
+    return v;
+#endif
+}
+
+/* 2^x for x <= 0, relative error 2e-7; below -126 it is 2^-126, which no sum of ones or more can see */
+INLINE vfloat power_of_two(vfloat x) {
+    const vfloat zero = {0}, magic = zero + 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole */
+    x = larger(x, zero - 126.0f);
+    vfloat whole = x + magic;
+    vint exponent = (vint)whole << 23;
+    vfloat f = x - (whole - magic);
+    vfloat y = f * 1.3264727e-3f + 9.6715127e-3f; /* minimax on [-1/2, 1/2] */
+    y = y * f + 5.5507337e-2f;
+    y = y * f + 2.4022242e-1f;
+    y = y * f + 6.9314698e-1f;
+    y = y * f + 1.0f;
+    return (vfloat)((vint)y + exponent);
 }
 
 typedef struct {
     const float *q, *k, *v; /* of one head; rows are `step` floats apart */
-    float *out, *lse;
+    float *out, *largest, *total;
     int64_t q_step, k_step, v_step, out_step;
     int width, frames, places, half;
     float scale;
 } Head;
 
-/* scores[key][query] of `count` keys from row `first` on */
-INLINE void first_product(const Head *h, const float *queries, int64_t first, int count, float *scores) {
-    for (int j = 0; j < count; j += KEYS) {
-        int n = MIN(KEYS, count - j);
-        const float *k = h->k + (first + j) * h->k_step;
-        if (n == KEYS) {
-            vfloat sum[KEYS];
-            memset(sum, 0, sizeof sum);
-            for (int c = 0; c < h->width; c++) {
-                vfloat q = load(queries + c * LANES);
-                for (int i = 0; i < KEYS; i++) sum[i] += q * k[i * h->k_step + c];
-            }
-            for (int i = 0; i < KEYS; i++) store(scores + (j + i) * LANES, sum[i]);
-        } else {
-            for (int i = 0; i < n; i++) {
-                vfloat even = {0}, odd = {0};
-                for (int c = 0; c < h->width; c += 2) {
-                    even += load(queries + c * LANES) * k[i * h->k_step + c];
-                    odd += load(queries + (c + 1) * LANES) * k[i * h->k_step + c + 1];
-                }
-                store(scores + (j + i) * LANES, even + odd);
-            }
+/* what a key that lies `apart` places after the block's first query leaves of the scores */
+INLINE vfloat seen(vfloat score, int apart, int half) {
+    vint lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    const vint to = apart - lane;
+    return choose((to <= half) & (to >= -half), score, (vfloat){0} + OUTSIDE);
+}
+
+/* scores[key][query] of `count` keys, the first of them `apart` places after the block's first query. Returns the largest
+ * score of each query, or `largest` */
+INLINE vfloat first_product(const Head *h, const float *queries, const float *k, int apart, int count, float *scores,
+                            vfloat largest) {
+    int j = 0;
+    for (; j + KEYS <= count; j += KEYS) {
+        vfloat sum[KEYS];
+        memset(sum, 0, sizeof sum);
+        for (int c = 0; c < h->width; c++) {
+            vfloat q = load(queries + c * LANES);
+            for (int i = 0; i < KEYS; i++) sum[i] += q * k[(j + i) * h->k_step + c];
+        }
+        if (apart + j < LANES - 1 - h->half || apart + j + KEYS - 1 > h->half) /* some query does not see them all */
+            for (int i = 0; i < KEYS; i++) sum[i] = seen(sum[i], apart + j + i, h->half);
+        for (int i = 0; i < KEYS; i++) {
+            largest = larger(sum[i], largest);
+            store(scores + (j + i) * LANES, sum[i]);
         }
     }
+    for (; j < count; j++) {
+        vfloat sum = {0};
+        for (int c = 0; c < h->width; c++) sum += load(queries + c * LANES) * k[j * h->k_step + c];
+        sum = seen(sum, apart + j, h->half);
+        largest = larger(sum, largest);
+        store(scores + j * LANES, sum);
+    }
+    return largest;
 }
 
 /* out += weights[key][query] v[key] for ROWS queries from `row` on */
@@ -103,34 +141,26 @@ INLINE void second_product(const Head *h, const float *weights, int64_t first, i
 static void attend(const Head *h, int frame, int start, int count, float *scores, float *queries) {
     const int low = MAX(0, start - h->half), high = MIN(h->places, start + count + h->half), keys = high - low;
     const int64_t row = (int64_t)frame * h->places + start;
-    vint lane;
-    for (int i = 0; i < LANES; i++) lane[i] = start + i;
-    for (int c = 0; c < h->width; c++)
-        for (int i = 0; i < LANES; i++)
-            queries[c * LANES + i] = i < count ? h->scale * h->q[(row + i) * h->q_step + c] : 0.0f;
+    const float *q = h->q + row * h->q_step;
+    if (count == LANES)
+        for (int c = 0; c < h->width; c++) store(queries + c * LANES, h->scale * gather(q + c, h->q_step));
+    else
+        for (int c = 0; c < h->width; c++)
+            for (int i = 0; i < LANES; i++) queries[c * LANES + i] = i < count ? h->scale * q[i * h->q_step + c] : 0.0f;
 
-    vfloat largest, total = {0};
-    for (int i = 0; i < LANES; i++) largest[i] = -1e30f;
-    for (int f = 0; f < h->frames; f++) {
-        float *part = scores + (int64_t)f * keys * LANES;
-        first_product(h, queries, (int64_t)f * h->places + low, keys, part);
-        for (int j = 0; j < keys; j++) {
-            vfloat s = load(part + j * LANES);
-            if (low + j < start + LANES - 1 - h->half || low + j > start + h->half) { /* some query does not see it */
-                vint apart = lane - (low + j), near = (apart <= h->half) & (apart >= -h->half);
-                s = choose(near, s, s * 0.0f - 2e30f);
-                store(part + j * LANES, s);
-            }
-            largest = choose(s > largest, s, largest);
-        }
-    }
-    for (int64_t j = 0; j < (int64_t)keys * h->frames; j++) {
-        vfloat s = load(scores + j * LANES), e = exponential(s - largest);
-        e = choose(s > -1e30f, e, s * 0.0f); /* exactly nothing for what is outside */
+    vfloat largest = (vfloat){0} + OUTSIDE, total = {0};
+    for (int f = 0; f < h->frames; f++)
+        largest = first_product(h, queries, h->k + ((int64_t)f * h->places + low) * h->k_step, low - start, keys,
+                                scores + (int64_t)f * keys * LANES, largest);
+    const int64_t all = (int64_t)keys * h->frames;
+    for (int64_t j = 0; j < all; j++) {
+        vfloat s = load(scores + j * LANES), e = power_of_two(s - largest);
+        e = (vfloat)((vint)e & (s > OUTSIDE)); /* exactly nothing for what is outside */
         store(scores + j * LANES, e);
         total += e;
     }
-    for (int i = 0; i < count; i++) h->lse[row + i] = largest[i] + __builtin_logf(total[i]);
+    for (int i = 0; i < count; i++) h->largest[row + i] = largest[i], h->total[row + i] = total[i];
+    total = 1.0f / total;
     for (int i = 0; i < count; i += ROWS) {
         int from = MAX(0, start + i - h->half), to = MIN(high, start + i + ROWS + h->half);
         for (int column = 0; column < h->width; column += 2 * LANES) {
@@ -141,16 +171,18 @@ static void attend(const Head *h, int frame, int start, int count, float *scores
                                to - from, i, sum, column);
             for (int r = 0; r < MIN(ROWS, count - i); r++) {
                 float *out = h->out + (row + i + r) * h->out_step + column;
-                store(out, sum[r][0] / total[i + r]);
-                store(out + LANES, sum[r][1] / total[i + r]);
+                store(out, sum[r][0] * total[i + r]);
+                store(out + LANES, sum[r][1] * total[i + r]);
             }
         }
     }
 }
 
-/* strides: of q, k, v and out, each batch, head, token, in floats. lse: [batch][head][token]. 0, or 1 without memory */
-int band_attention(const float *q, const float *k, const float *v, float *out, float *lse, const int64_t *strides,
-                   int batch, int heads, int frames, int places, int width, int half, float scale, int threads) {
+/* strides: of q, k, v and out, each batch, head, token, in floats. largest (in powers of two), total:
+ * [batch][head][token]. Returns 0, or 1 without memory */
+int band_attention(const float *q, const float *k, const float *v, float *out, float *largest, float *total,
+                   const int64_t *strides, int batch, int heads, int frames, int places, int width, int half,
+                   float scale, int threads) {
     const int blocks = (places + LANES - 1) / LANES;
     const int64_t tasks = (int64_t)batch * heads * frames * blocks;
     const size_t room = (size_t)frames * MIN(places, 2 * (int64_t)half + LANES) * LANES + (size_t)width * LANES;
@@ -168,8 +200,8 @@ int band_attention(const float *q, const float *k, const float *v, float *out, f
             int64_t head = task / blocks / frames, b = head / heads, n = head % heads;
             const int64_t *s = strides;
             Head h = {q + b * s[0] + n * s[1], k + b * s[3] + n * s[4],       v + b * s[6] + n * s[7],
-                      out + b * s[9] + n * s[10], lse + head * frames * places, s[2], s[5], s[8], s[11],
-                      width, frames, places, half, scale};
+                      out + b * s[9] + n * s[10], largest + head * frames * places, total + head * frames * places,
+                      s[2], s[5], s[8], s[11], width, frames, places, half, scale * 1.44269504f /* log2(e) */};
             if (scores)
                 attend(&h, frame, block * LANES, MIN(LANES, places - block * LANES), scores,
                        scores + room - (size_t)width * LANES);

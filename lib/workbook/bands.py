@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -23,7 +24,7 @@ class BandKernel:
         self.name = choice.name
         self._attend = ctypes.CDLL(str(build("band.c", choice.flags))).band_attention
         pointer, integer = ctypes.c_void_p, ctypes.c_int
-        self._attend.argtypes = [pointer] * 6 + [integer] * 6 + [ctypes.c_float, integer]
+        self._attend.argtypes = [pointer] * 7 + [integer] * 6 + [ctypes.c_float, integer]
         self._attend.restype = integer
 
     def __call__(
@@ -56,13 +57,13 @@ class BandKernel:
                     "stride 1 is needed."
                 )
         out = torch.empty(batch, tokens, heads, width).transpose(1, 2)
-        total = torch.empty(batch, heads, tokens)
+        largest, total = torch.empty(2, batch, heads, tokens)
         strides = (ctypes.c_int64 * 12)(*(step for x in (q, k, v, out) for step in x.stride()[:3]))
-        pointers = [x.data_ptr() for x in (q, k, v, out, total)]
+        pointers = [x.data_ptr() for x in (q, k, v, out, largest, total)]
         sizes = batch, heads, frames, tokens // frames, width, min(half, tokens)
         if self._attend(*pointers, strides, *sizes, width**-0.5, threads or torch.get_num_threads()):
             raise MemoryError(f"no memory for the scores of {tokens} tokens.")
-        return out, total
+        return out, largest * math.log(2) + total.log()
 
 
 @cache
