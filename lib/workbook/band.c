@@ -49,18 +49,35 @@ INLINE vfloat larger(vfloat a, vfloat b) {
 #endif
 }
 
-/* LANES numbers, `step` floats apart */
-INLINE vfloat gather(const float *p, int64_t step) {
+/* queries[column][row] = factor * q[row][column] of LANES rows, LANES columns at a time; rows are `step` floats apart */
+INLINE void transpose(const float *q, int64_t step, float factor, int width, float *queries) {
 #if defined(__AVX512F__)
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return (vfloat)_mm512_i32gather_ps(_mm512_mullo_epi32(lane, _mm512_set1_epi32((int)step)), p, 4);
-#elif defined(__AVX2__)
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return (vfloat)_mm256_i32gather_ps(p, _mm256_mullo_epi32(lane, _mm256_set1_epi32((int)step)), 4);
+    for (int c = 0; c < width; c += 16) {
+        __m512 r[16], t[16]; /* pairs of rows are interleaved by ones, twos, fours and eights */
+        for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps(q + i * step + c) * factor;
+        for (int i = 0; i < 16; i += 2) {
+            t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+            t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4)
+            for (int j = 0; j < 2; j++) {
+                __m512d one = (__m512d)t[i + j], two = (__m512d)t[i + j + 2];
+                r[i + 2 * j] = (__m512)_mm512_unpacklo_pd(one, two);
+                r[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(one, two);
+            }
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 16; j += 8) {
+                t[i + j] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0x88);
+                t[i + j + 4] = _mm512_shuffle_f32x4(r[i + j], r[i + j + 4], 0xdd);
+            }
+        for (int i = 0; i < 8; i++) {
+            _mm512_storeu_ps(queries + (c + i) * 16, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
+            _mm512_storeu_ps(queries + (c + i + 8) * 16, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
+        }
+    }
 #else
-    vfloat v;
-    for (int i = 0; i < LANES; i++) v[i] = p[i * step];
-    return v;
+    for (int c = 0; c < width; c++)
+        for (int i = 0; i < LANES; i++) queries[c * LANES + i] = factor * q[i * step + c];
 #endif
 }
 
@@ -143,7 +160,7 @@ static void attend(const Head *h, int frame, int start, int count, float *scores
     const int64_t row = (int64_t)frame * h->places + start;
     const float *q = h->q + row * h->q_step;
     if (count == LANES)
-        for (int c = 0; c < h->width; c++) store(queries + c * LANES, h->scale * gather(q + c, h->q_step));
+        transpose(q, h->q_step, h->scale, h->width, queries);
     else
         for (int c = 0; c < h->width; c++)
             for (int i = 0; i < LANES; i++) queries[c * LANES + i] = i < count ? h->scale * q[i * h->q_step + c] : 0.0f;

@@ -63,7 +63,7 @@ class BandKernel:
         sizes = batch, heads, frames, tokens // frames, width, min(half, tokens)
         if self._attend(*pointers, strides, *sizes, width**-0.5, threads or torch.get_num_threads()):
             raise MemoryError(f"no memory for the scores of {tokens} tokens.")
-        return out, largest * math.log(2) + total.log()
+        return out, total.log_().add_(largest, alpha=math.log(2))
 
 
 @cache
