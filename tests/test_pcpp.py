@@ -523,11 +523,15 @@ def test_a_worker_that_was_killed_between_jobs_is_missed(tmp_path):
 
 @needs_proc
 def test_ctrl_c_ends_the_workers(tmp_path):
-    workers = fleet.Fleet(2)
-    pids = workers.pids
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        workers.run(lambda wire: time.sleep(60))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
+    try:
+        workers = fleet.Fleet(2)
+        pids = workers.pids
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            workers.run(lambda wire: time.sleep(60))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert gone(pids)
 
 
