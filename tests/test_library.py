@@ -132,6 +132,25 @@ def test_smaller_pictures_keep_greys_exactly_and_few_colours():
         np.testing.assert_array_equal(np.asarray(small.convert("RGB")), np.asarray(picture.convert("RGB")))
 
 
+def test_smaller_pictures_keep_the_hue_of_a_rare_mark():
+    fig, ax = plotting.panel("x", "y")
+    for index, colour in enumerate(plotting.COLOURS[:5]):
+        ax.plot([0, 1], [index, index + 0.5], color=colour)
+        ax.fill_between([0, 1], [index - 0.6, index], [index + 0.6, index + 1], color=colour, alpha=0.2)
+    ax.plot([1.5], [3], "P", color="#d55e00", markersize=5)
+    data = io.BytesIO()
+    fig.savefig(data, format="png")
+    plotting.plt.close(fig)
+    before, after = (
+        np.asarray(Image.open(io.BytesIO(part)).convert("RGB")).astype(int)
+        for part in (data.getvalue(), plotting.smaller_png(data.getvalue()))
+    )
+    mark = (before == [0xD5, 0x5E, 0]).all(2)
+    assert mark.sum() > 9
+    assert abs(after - before)[mark].max() < 30
+    assert (after[0, 0] == 255).all()
+
+
 def test_training_resumes_where_it_stopped(tmp_path):
     def loss(model, step):
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
