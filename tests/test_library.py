@@ -180,6 +180,35 @@ def test_training_resumes_where_it_stopped(tmp_path):
     assert not file.exists()
 
 
+@pytest.mark.parametrize("has_units", [False, True])
+def test_sixteen_bits_train_the_network_itself_and_spare_attention(monkeypatch, has_units):
+    seen, plain = [], torch.nn.functional.scaled_dot_product_attention
+
+    class Attending(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.turn = torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            return torch.nn.functional.scaled_dot_product_attention(self.turn(x), x, x) + 0 * x[..., :1]
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_units)
+    torch.manual_seed(0)
+    network, x = Attending(), torch.randn(2, 1, 8, 16)
+    quick = train.sixteen_bits(network, compiled=False)
+    assert (quick is network) is not has_units
+    hook = network.turn.register_forward_hook(lambda module, _, out: seen.append(out))
+    found = quick(x)
+    found.square().sum().backward()
+    hook.remove()
+    torch.testing.assert_close(found, network(x), rtol=0.02, atol=0.02)
+    assert found.dtype == torch.float32
+    assert network.turn.weight.grad.abs().max() > 0
+    assert seen[0].dtype == (torch.bfloat16 if has_units else torch.float32)
+    # no rounding after the layer: autocast alone would multiply queries and keys in 16 bits
+    torch.testing.assert_close(found, plain(seen[0].float(), x, x), rtol=1e-5, atol=1e-6)
+
+
 def test_eight_bits_are_within_half_a_scale_and_survive_the_file(tmp_path):
     kernel = torch.randn(32, 16, 3, 3) * torch.logspace(-3, 2, 32)[:, None, None, None]
     small, whole = torch.randn(7, 5), torch.arange(9000).view(90, 100)

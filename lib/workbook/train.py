@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 
@@ -108,3 +111,32 @@ def _restore(path, names, parameters, averages, optimiser) -> int:
                 "exp_avg_sq": file.get_tensor(f"second/{name}"),
             }
     return step
+
+
+class _WideAttention(TorchFunctionMode):
+    """Attention in 32 bits under autocast: on a CPU its backward pass in 16 bits takes eight times as long."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not functional.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = (part.float() for part in args[:3])
+            return function(q, k, v, *args[3:], **kwargs)
+
+
+def sixteen_bits(network: torch.nn.Module, *, compiled: bool = True) -> Callable[..., torch.Tensor]:
+    """`network` as a function that multiplies in bfloat16 where the CPU has units for it; the result is float32.
+
+    More than twice as fast there, right to about three digits. The weights stay float32 and those of `network`: what
+    trains them trains this function. Elsewhere it is the network as it is. compiled: fuse what lies between the
+    multiplications (a minute at the first calls; needs a C++ compiler, and is left out without one).
+    """
+    if not torch.cpu._is_amx_tile_supported():
+        return network
+
+    def call(*args, **kwargs) -> torch.Tensor:
+        with _WideAttention(), torch.autocast("cpu", torch.bfloat16):
+            return network(*args, **kwargs).float()
+
+    return torch.compile(call) if compiled and shutil.which("g++") else call
