@@ -215,6 +215,103 @@ def test_training_repeats_and_tells_its_watcher(editreward):
     assert not torch.equal(runs[0].weights[0], other.weights[0])
 
 
+# -- all weights -------------------------------------------------------------------------------------------------------
+
+
+class Tilted(torch.nn.Module):
+    """States of an input (n, 3): its first two numbers, each with a weight that starts at the wrong sign."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([-1.0, 1.0]))
+
+    def forward(self, x):
+        return torch.stack([x[:, :2] * self.weight, x[:, 2:].expand(-1, 2)], -1)  # (n, 2 dimensions, 2 numbers)
+
+
+def tilted_labels():
+    """Inputs (canvases, candidates, 3) whose first two numbers are the qualities, and one panel that sees them."""
+    x = torch.rand(64, 4, 3, generator=torch.Generator().manual_seed(4))
+    return x, (30 * x[..., :2]).round().int()[None]
+
+
+def one_head():
+    torch.manual_seed(1)
+    return preferences.Heads(1, 2, hidden=8, dropout=0.0)
+
+
+def test_with_a_network_all_weights_learn_the_network_by_the_smaller_step(editreward):
+    """The first step of Adam is the rate itself, whatever the gradient: so both rates can be read off the weights."""
+    x, scores = tilted_labels()
+    heads, network = one_head(), Tilted()
+    before = [network.weight.detach().clone(), heads.weights[2].detach().clone()]
+    options = {"epochs": 1, "batch": 64, "rate": 1e-3, "slower": 0.2}
+    back = editreward.train_heads("BT", (x,), scores, heads=heads, network=network, **options)
+    assert back is heads
+    assert (network.weight - before[0]).abs().tolist() == pytest.approx([2e-4, 2e-4], rel=1e-2)
+    assert (heads.weights[2] - before[1]).abs().max().item() == pytest.approx(1e-3, rel=1e-2)
+    parts = (heads, network)
+    assert not any(part.training or p.requires_grad for part in parts for p in part.parameters())
+
+
+def test_one_step_through_a_network_is_the_gradient_of_the_objective(editreward):
+    """Against Adam on the objective itself, written out for one batch of all canvases."""
+    x, scores = tilted_labels()
+    found, network = one_head(), Tilted()
+    options = {"epochs": 1, "batch": 64, "rate": 1e-3, "slower": 0.5}
+    editreward.train_heads("likelihood", (x,), scores, heads=found, network=network, **options)
+    heads, other = one_head(), Tilted()
+    optimiser = torch.optim.Adam(
+        [{"params": heads.parameters(), "lr": 1e-3}, {"params": other.parameters(), "lr": 5e-4}]
+    )
+    mu, log_sigma = (part.unflatten(1, (64, 4)) for part in heads(other(x.flatten(0, 1))[None]))
+    weights = editreward.comparisons(scores, "dropped")
+    editreward.objective("likelihood", weights, mu, log_sigma).sum().backward()
+    optimiser.step()
+    assert torch.allclose(network.weight, other.weight, atol=2e-5)
+    for one, two in zip(found.weights, heads.weights, strict=True):  # a bias of mu has no slope: noise alone
+        assert torch.allclose(one, two, atol=5e-5)
+
+
+def test_the_rate_warms_up_and_stays(editreward):
+    """Heads without a slope in one weight's way: 40 steps, of which the first two are smaller."""
+    x, scores = tilted_labels()
+    seen, heads, network = [], one_head(), Tilted()
+    record = lambda log_sigma: seen.append(network.weight[0].item())  # noqa: E731  told before each step's effect
+    options = {"epochs": 40, "batch": 64, "rate": 1e-4, "slower": 1.0, "watch": record}
+    editreward.train_heads("BT", (x,), scores, heads=heads, network=network, **options)
+    steps = np.abs(np.diff([-1.0, *seen]))[:4]
+    assert steps == pytest.approx([0.5e-4, 1e-4, 1e-4, 1e-4], rel=0.1)
+
+
+def test_all_weights_see_what_the_heads_alone_cannot(editreward):
+    """A network that hides a dimension: heads on its states cannot tell it, all weights can."""
+    x, scores = tilted_labels()
+    hidden = Tilted()
+    hidden.weight.data = torch.tensor([0.0, 1.0])
+    states = hidden(x.flatten(0, 1)).detach().unflatten(0, (64, 4))
+    rank = {}
+    for name, data, network in (("alone", states, None), ("all", (x,), hidden)):
+        heads = editreward.train_heads(
+            "BT, by head", data, scores, epochs=60, batch=16, heads=one_head(), network=network, rate=5e-3, slower=1.0
+        )
+        read = states.flatten(0, 1) if network is None else network(x.flatten(0, 1))
+        rank[name] = stats.spearmanr(heads(read)[0][0, :, 0], x[..., 0].flatten()).statistic
+    assert rank["all"] > 0.9
+    assert abs(rank["alone"]) < 0.4
+
+
+def test_some_of_the_heads_are_a_copy_of_their_own(editreward):
+    torch.manual_seed(0)
+    many, states = preferences.Heads(3, 4, hidden=5, dropout=0.0), torch.randn(6, 2, 4)
+    some = many.eval().requires_grad_(False).only([2])
+    assert torch.allclose(some.eval()(states)[0][0], many(states)[0][2])
+    assert all(p.requires_grad for p in some.parameters())
+    with torch.no_grad():
+        some.weights[0].add_(1)
+    assert not torch.allclose(some(states)[0][0], many(states)[0][2])
+
+
 # -- annotators --------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +389,17 @@ def test_grades_by_hand():
     guess = found.guess[0]
     expected = -(0.625 * np.log(guess) + 0.375 * np.log(1 - guess)).mean()
     assert found.score("nats").value == pytest.approx(expected)
+
+
+def test_truth_of_a_test_set_by_hand():
+    quality, juries = np.array([[[0.2, 0.9], [0.6, 0.5], [0.6, 0.4]]]), [panels.Panel(0.7, seed=s) for s in range(2)]
+    sums = torch.tensor([[[[5, 6], [6, 5], [4, 4]]], [[[7, 6], [6, 5], [9, 9]]]])
+    truth = preferences.truth_of(quality, sums, juries)
+    assert truth.gaps[0] == pytest.approx(np.array([[0, -0.4, 0.4], [0.1, -0.4, 0.5], [0.1, 0, 0.1]]))
+    assert truth.labels.tolist() == [[[0, 1, 1]], [[1, -1, -1]]]
+    assert truth.chances[1, 0, 2] == pytest.approx(juries[1].chances(quality[0, 1:2], quality[0, 2:])[0])
+    assert truth.first(1).labels.tolist() == [[[0, 1, 1]]]
+    assert len(truth.first(1).exact) == 1
 
 
 def test_intervals_of_crossed_tables_grow_with_what_varies():
@@ -419,6 +527,43 @@ def test_ssim_to_the_source_is_that_of_scikit_image(some):
     assert (editors.naive_scores(some[:4], some.x[:4])["least change"] == 0).all()
 
 
+def test_directions_of_change_in_a_space_of_pictures_and_captions(some):
+    """The cosine of two steps, written out; nothing changed is no direction; and the asked-for edit points the way."""
+    clip = notebook.load_method("checkpoints/edit_clip")
+    network, whole = clip.load_clip(), torch.ones(len(some))
+    exact, wrong = (editors.blend(some, whole, 0 * whole, whole > 1 - right) for right in (1, 0))
+    with torch.inference_mode():
+        picture = network.pictures(exact) - network.pictures(some.x)
+        text = network.captions(some.target) - network.captions(some.source)
+    expected = (picture * text).sum(1) / (picture.norm(dim=1) * text.norm(dim=1))
+    found = clip.direction(network, some.x, exact, some.source, some.target, chunk=40)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert (clip.direction(network, some.x, some.x, some.source, some.target) == 0).all()
+    assert found.mean() > 0.3
+    classes = some.kind == 0
+    other = clip.direction(network, some.x, wrong, some.source, some.target)
+    assert (found > other)[classes].double().mean() > 0.8
+
+
+def test_untrained_judges_look_at_the_asked_half_and_at_the_captions(some):
+    told, edited = [], some.x.flip(2)
+
+    def direction(*given):
+        told.extend(given)
+        return torch.arange(len(some))
+
+    chances = lambda half: half.mean((1, 2, 3))[:, None] + torch.arange(10)  # noqa: E731
+    found = editors.untrained_scores(some, edited, chances, direction)
+    assert list(found) == ["least change", "SSIM to source", "classifier", "CLIP direction"]
+    for i, value in enumerate(found["classifier"].tolist()):
+        half = edited[i, 0, :, 32:] if some.side[i] else edited[i, 0, :, :32]
+        wanted = some.target[i, canvas.NOUN[some.side[i]]] - 8
+        assert value == pytest.approx((half.mean() + wanted).item(), abs=1e-5)
+    for given, own in zip(told, (some.x, edited, some.source, some.target), strict=True):
+        assert given is own
+    assert torch.equal(found["CLIP direction"], torch.arange(len(some)))
+
+
 def test_editors_learn_from_what_they_are_shown():
     """From exact edits the editor becomes better than from edits that change nothing; and order sets the choice."""
     pool, draw = canvas.Canvases("train"), torch.Generator().manual_seed(0)
@@ -477,6 +622,10 @@ MUTATIONS = [
     ("weights.flatten(1).sum(1).clamp(min=1)", "len(weights)"),
     ("wanted - wanted.mean()", "wanted.mean() - wanted"),
     ("weights[own, picked]", "weights[own, picked.flip(1)]"),
+    ("[(network, slower * rate)]", "[(network, rate)]"),
+    ("else [(network, slower * rate)]", "else []"),
+    ("(step + 1) / (0.05 * epochs", "(step + 1) / (0.5 * epochs"),
+    ("network(*(x[picked].flatten(0, 2)", "network(*(x[picked.flip(1)].flatten(0, 2)"),
 ]
 
 

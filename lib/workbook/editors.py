@@ -202,6 +202,23 @@ def naive_scores(tasks: Tasks, edited: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"least change": -(edited - tasks.x).square().mean((1, 2, 3)), "SSIM to source": close}
 
 
+def untrained_scores(
+    tasks: Tasks,
+    edited: torch.Tensor,
+    log_chances: Callable[[torch.Tensor], torch.Tensor],
+    direction: Callable[..., torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Scores (n,) of edits by judges that never saw a preference: `naive_scores` and two that know the task.
+
+    log_chances(halves) → (n, 10): how likely the half shows the class that it should; direction(source, edited, old
+    caption, new caption) → (n,): how well the change of the picture goes the way of the change of the caption.
+    """
+    half, words = canvas.half(edited, tasks.side), canvas.item_words(tasks.target, tasks.side)
+    sure = log_chances(half).gather(1, words[:, 2:] - 8)[:, 0]
+    way = direction(tasks.x, edited, tasks.source, tasks.target)
+    return naive_scores(tasks, edited) | {"classifier": sure, "CLIP direction": way}
+
+
 class Examiner:
     """The quality of an edit that no rule has made: read off the picture by judges that no reward model has seen.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise, product
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from workbook import pools
+from workbook.panels import Panel
 from workbook.study import Measured
 
 # -- heads ------------------------------------------------------------------------------------------------------------
@@ -42,6 +44,14 @@ class Heads(nn.Module):
             x = x @ weight + bias
             x = x if i == 2 else functional.dropout(x.relu(), self.dropout * (i == 0), self.training)
         return x.transpose(-3, -2).unbind(-1)
+
+    def only(self, models: slice) -> Heads:
+        """A copy of some of the models, to be trained further."""
+        some = copy.deepcopy(self).train()
+        for group in (some.weights, some.biases):
+            for layer, parameter in enumerate(group):
+                group[layer] = nn.Parameter(parameter[models].detach().clone())
+        return some
 
 
 def pairs_of(candidates: int) -> NDArray:
@@ -110,6 +120,12 @@ def crossed(top: ArrayLike, bottom: ArrayLike = 1.0, *, draws: int = 1000, **opt
     return Measured(float(top.sum() / bottom.sum()), float(low), float(high), n=top.shape[1], **options)
 
 
+def labels_of(sums: torch.Tensor) -> NDArray:
+    """1, 0 or -1 for all pairs (…, pairs): which of two answers a panel prefers. sums: (…, candidates, dimensions)."""
+    first, second = pairs_of(sums.shape[-2])
+    return (sums[..., first, :] - sums[..., second, :]).sum(-1).sign().numpy()
+
+
 @dataclass(frozen=True)
 class Truth:
     """What is known of the pairs of a test set, for judges of several models (panels).
@@ -132,9 +148,25 @@ class Truth:
         """Exact chance that the first wins, ties left out, (models, problems, pairs)."""
         return self.chances[..., 0] / np.maximum(self.untied, 1e-12)
 
+    def first(self, models: int) -> Truth:
+        """What is known for the first few models."""
+        return Truth(self.gaps, self.labels[:models], self.chances[:models])
+
     def ceiling(self, models: slice = slice(None)) -> float:
         """Share of untied labels that the best possible judge calls right: it names the likelier side each time."""
         return float(self.chances[models][..., ::2].max(-1).sum() / self.untied[models].sum())
+
+
+def truth_of(quality: NDArray, sums: torch.Tensor, juries: Sequence[Panel]) -> Truth:
+    """What is known of all pairs of answers, columns overall and each dimension.
+
+    quality: (problems, candidates, dimensions); sums: what each jury said, (juries, problems, candidates, dimensions).
+    """
+    first, second = pairs_of(quality.shape[1])
+    gaps = quality[:, first] - quality[:, second]
+    gaps = np.concatenate([gaps.sum(-1, keepdims=True), gaps], -1).round(9)
+    chances = np.stack([jury.chances(quality[:, first], quality[:, second]) for jury in juries])
+    return Truth(gaps, labels_of(sums), chances)
 
 
 @dataclass(frozen=True)
