@@ -8,12 +8,14 @@ import pandas as pd
 import pytest
 import test_mutations
 import torch
+from sacrebleu.metrics import CHRF
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper
 
-from workbook import answers, multilingual, notebook, pools, rewards
+from workbook import answer_tables, answers, checkpoints, measure, multilingual, notebook, pools, rewards
 from workbook.models.lm import Llama
 from workbook.notebook import load_method
+from workbook.plan import plan
 
 samples = load_method("test-time/multilingual-samples")
 
@@ -110,6 +112,12 @@ def test_too_few_samples_are_refused():
     assert samples.draw_pools([np.arange(1, 6)], 6, True, 3, 0).shape == (3, 6)
 
 
+def test_pools_of_a_question_are_fixed_by_seed_and_item():
+    draw = lambda *seed: samples.draw_pools([np.arange(1, 9)], 5, True, 30, *seed).tolist()  # noqa: E731
+    assert draw([3, 2], 7) == draw([3, 2, 7])
+    assert len({str(draw([3, 2], item)) for item in range(5)}) == 5
+
+
 # -- the rules ---------------------------------------------------------------------------------------------------------
 
 
@@ -174,7 +182,8 @@ class Judge:
     def sample(self, model, prefix, tasks, temperatures, **options):
         assert list(temperatures) == [0.0]
         self.tasks = ["".join(map(chr, task)) for task in tasks]
-        return answers.Answers(np.array([[[35, -1]]] * len(tasks)), None, None, 0, 0, 0, 0.0)
+        count = len(tasks)
+        return answers.Answers(np.array([[[35, -1]]] * count), None, np.full((count, 1), 2), 0, 0, 0, 0.0)
 
     def read(self, model, prefix, heads, shown):
         rows = []
@@ -201,10 +210,13 @@ def run_chops(judge):
 
 
 def test_chops_finds_the_favourite_wherever_it_stands(monkeypatch):
-    choice, votes, tokens = run_chops(Judge(monkeypatch, favourite="c"))
+    choice, votes, cost = run_chops(Judge(monkeypatch, favourite="c"))
     assert [pool[i] for pool, i in zip(POOLS, choice, strict=True)] == ["c", "c", "c"]
     assert votes.shape == (3, 2, 3)
-    assert tokens.tolist() == [len("Task: x\nChecklist:#") + 2 * len("\nA: a\nB: b\nC: c\nBest:")] * 3
+    read = len("Task: x\nChecklist:#") + 2 * len("\nA: a\nB: b\nC: c\nBest:")
+    assert (
+        cost.tolist() == [[read, 2 + 2]] * 3
+    )  # two passes for the checklist and its end, one to read it, one to judge
 
 
 def test_chops_cancels_a_preference_for_a_place(monkeypatch):
@@ -379,6 +391,234 @@ def test_a_question_counts_once_in_all_its_languages():
     assert table.set_index("language").loc["en", ["value", "item"]].tolist() == [100, 0.5]
 
 
+# -- tables of answers -------------------------------------------------------------------------------------------------
+
+
+def table_of(seed, language="en", questions=5, drawn=6):
+    """A table as `answer_tables.ask` returns it, of made-up answers to word problems: greedy and two settings."""
+    rng, items = np.random.default_rng(seed), multilingual.questions(multilingual.TASKS[0], language, questions, 0)
+    shape = (questions, 1 + 2 * drawn)
+    text = rng.choice(["7 + 5 = 12", "7 - 5 = 2", "12", "", "NA", "sí, 8 + 6 = 14"], shape).astype(object)
+    text[:, ::3] = items.right.to_numpy(object)[:, None]
+    facts = {"task": multilingual.TASKS[0], "items": items, "asked": [[1] * (3 + i) for i in range(questions)]}
+    length = np.array([[len(t) + 1 for t in row] for row in text])
+    return answer_tables.graded(facts | {"text": text, "tokens": length, "logprob": -length * 0.25})
+
+
+def by_hand(table, item, columns, pick, foreign, heard):
+    """What X-MBR chooses from one pool, and its cost, in plain loops."""
+    pool = [columns[place] for place in pick]
+    voters = [foreign["text"][item][c] for c in heard]
+    likes = [
+        sum(multilingual.chrf(table["text"][item][a], t) for t in [*(table["text"][item][c] for c in pool), *voters])
+        for a in pool
+    ]
+    longest = max(table["tokens"][item][c] for c in pool) + max(foreign["tokens"][item][c] for c in heard)
+    tokens = sum(table["tokens"][item][c] for c in pool) + sum(foreign["tokens"][item][c] for c in heard)
+    first = next(i for i, value in enumerate(likes) if value > max(likes) - 1e-12)
+    return table["right"][item][pool[first]], tokens + len(table["asked"][item]) + len(foreign["asked"][item]), longest
+
+
+def test_accuracy_and_cost_are_those_of_plain_loops():
+    home, abroad, columns = table_of(1), table_of(2, "es"), np.r_[0, 7:13]
+    picks = lambda item: samples.draw_pools([np.arange(1, 7)], 4, True, 5, 0, item)  # noqa: E731
+    heard = lambda item: samples.draw_pools([columns[1:]], 3, False, 5, 9, item)  # noqa: E731
+    rules = {"MBR": samples.mbr, "X-MBR": samples.x_mbr, "best-of-N": samples.best_of_n}
+    found = answer_tables.evaluate(home, range(5), columns, rules, picks, abroad, heard, 2).set_index(["rule", "item"])
+    for item in range(5):
+        pairs = zip(picks(item), heard(item), strict=True)
+        expected = [by_hand(home, item, columns, pick, abroad, voters) for pick, voters in pairs]
+        got = found.loc[("X-MBR", item), ["right", "tokens", "passes"]]
+        np.testing.assert_allclose(got.astype(float), np.mean(expected, axis=0))
+        own = home["tokens"][item][columns][picks(item)]
+        asked = len(home["asked"][item])
+        assert found.tokens["MBR", item] == pytest.approx(asked + own.sum(1).mean())
+        assert found.passes["MBR", item] == pytest.approx(own.max(1).mean())
+        assert found.tokens["best-of-N", item] == pytest.approx(2 * asked + (2 * own + 1).sum(1).mean())
+        assert found.passes["best-of-N", item] == pytest.approx(own.max(1).mean() + 2)
+        pool = home["right"][item][columns][picks(item)]
+        assert found.right["perfect", item] == pool.any(1).mean()
+        assert found.right["one sample", item] == pool[:, 0].mean()
+
+
+def test_without_foreign_answers_there_is_no_cross_lingual_rule():
+    picks = lambda item: samples.draw_pools([np.arange(1, 7)], 4, True, 5, 0, item)  # noqa: E731
+    rules = {"MBR": samples.mbr, "X-MBR": samples.x_mbr}
+    found = answer_tables.evaluate(table_of(1), range(3), np.arange(7), rules, picks)
+    assert set(found.rule) == {"MBR", "one sample", "perfect"}
+
+
+def test_what_is_packed_comes_back():
+    table = table_of(3)
+    table["reward"][2:, 4:9] = np.round(np.random.default_rng(0).normal(size=(3, 5)), 2)
+    for row in range(2, 5):  # equal answers of equal length are judged once
+        for pair in {(t, int(n)) for t, n in zip(table["text"][row], table["tokens"][row], strict=True)}:
+            same = [(t, int(n)) == pair for t, n in zip(table["text"][row], table["tokens"][row], strict=True)]
+            table["reward"][row, same] = table["reward"][row, same].max()
+    table["chops"][2:] = np.arange(15).reshape(3, 5)
+    packed = json.loads(json.dumps(answer_tables.packed(table)))
+    empty = {key: table[key] for key in ("task", "items", "asked")}
+    found = answer_tables.unpacked(packed, empty)
+    for name in ("text", "tokens", "logprob", "reward", "chops", "key", "right", "value"):
+        np.testing.assert_array_equal(found[name], table[name], err_msg=name)
+    both = answer_tables.joined([packed, packed])
+    assert both["text"] == packed["text"] * 2
+    assert not answer_tables.departing(found, table).any()
+    assert answer_tables.departing(found | {"text": found["text"][::-1]}, table).mean() > 0.25
+
+
+def test_the_judge_is_counted_for_the_pool_that_it_saw():
+    table, columns = table_of(4), np.r_[0, 7:13]
+    picks = np.concatenate([samples.draw_pools([np.arange(1, 7)], 3, True, 1, 0, item) for item in range(5)])
+    table["chops"] = np.array([[2, 0, 0, 50, 4]] * 5)
+    found = answer_tables.judged(table, range(1, 5), columns, picks[1:])
+    for row, item in enumerate(range(1, 5)):
+        pool = columns[picks[item]]
+        assert found.right[row] == table["right"][item, pool[2]]
+        assert found.greedy[row] == (table["key"][item, pool[2]] == table["key"][item, 0])
+        assert found.tokens[row] == 50 + len(table["asked"][item]) + table["tokens"][item, pool].sum()
+        assert found.passes[row] == 4 + table["tokens"][item, pool].max()
+
+
+def test_the_tuned_setting_is_the_one_whose_answers_are_right():
+    tables = {("t", language): table_of(seed, language) for seed, language in enumerate(("en", "es"))}
+    for table in tables.values():
+        table["text"][:, 7:] = table["items"].right.to_numpy(object)[:, None]
+        table["text"][:, 9] = "no idea"  # one sample is wrong, and every pool outvotes it
+    tables = {name: answer_tables.graded(table) for name, table in tables.items()}
+    scores = samples.tune(tables, {"cold": np.arange(1, 7), "warm": np.arange(7, 13)}, range(3), 4, 20, 0)
+    assert scores["warm"] == 1 > scores["cold"]
+
+
+def test_seconds_are_a_question_s():
+    clock = pd.DataFrame({"name": ["MBR, 5", "MBR, 5", "CHOPS, 8"], "repeat": [0, 1, 0], "seconds": [2.0, 4.0, 9.0]})
+    found = answer_tables.seconds(clock, 2).set_index(["rule", "n"])
+    assert found.s.to_dict() == {("MBR", 5): 1.5, ("CHOPS", 8): 4.5}
+    assert found.loc[("MBR", 5), ["s_low", "s_high"]].tolist() == [1, 2]
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(values):
+    index = pd.MultiIndex.from_product([["a"], range(len(values))], names=["task", "item"])
+    return pd.Series(values, index=index)
+
+
+def test_one_run_is_the_plain_bootstrap():
+    values = np.random.default_rng(0).normal(size=60)
+    found = multilingual.over_runs(rows_of(values), runs=pd.Series(np.zeros(60)))
+    plain = measure.bootstrap(values)
+    assert (found.value, found.n) == (plain.value, 60)
+    assert [found.low, found.high] == pytest.approx([plain.low, plain.high], abs=0.03)
+
+
+def test_runs_that_differ_widen_the_interval():
+    values, runs = np.repeat([0.0, 1.0, 2.0, 3.0], 24), pd.Series(np.repeat(range(4), 24))
+    found = multilingual.over_runs(rows_of(values), runs=runs)
+    plain = measure.bootstrap(values)
+    assert found.high - found.low > 3 * (plain.high - plain.low)
+    assert found.low == pytest.approx(0.5, abs=0.26)
+
+
+def test_intervals_over_runs_cover():
+    """Four runs of 24 questions that differ little: the true mean lies inside as often as promised."""
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(200):
+        values = rng.normal(size=(4, 1)) * 0.1 + rng.normal(size=(4, 24))
+        found = multilingual.over_runs(rows_of(values.ravel()), runs=pd.Series(np.repeat(range(4), 24)), draws=300)
+        hits += found.low <= 0 <= found.high
+    assert hits >= 0.93 * 200
+
+
+def test_runs_may_be_of_different_sizes_and_order():
+    values, runs = rows_of(np.r_[np.zeros(3), np.ones(9)]), pd.Series([*"aaabbbbbbbbb"])
+    mixed = values.sample(frac=1, random_state=0)
+    for rows in (values, mixed):
+        found = multilingual.over_runs(rows, runs=runs)
+        assert (found.value, found.low, found.high) == (0.75, 0, 1)
+    with pytest.raises(ValueError, match="at least one row"):
+        multilingual.over_runs(values[:0], runs=runs)
+
+
+def test_a_statistic_of_two_columns_gets_the_rows_together():
+    table = pd.DataFrame({"a": rows_of(np.arange(1.0, 13)), "b": rows_of(np.arange(1.0, 13) * 2)})
+    found = multilingual.over_runs(table, lambda r: r[:, 0].sum() / r[:, 1].sum(), runs=pd.Series(np.arange(12) // 4))
+    assert (found.low, found.value, found.high) == (0.5, 0.5, 0.5)
+
+
+# -- the shipped answers -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    from workbook.models import lm
+
+    return answer_tables.shipped("multilingual_answers", lm.load_tokenizer())
+
+
+def test_the_shipped_table_fits_the_full_run(shipped):
+    given, tables = shipped
+    chosen = plan("test-time/multilingual-samples", "paper").parameters
+    for name in ("seed", "demonstrations", "dev_items", "samples", "temperatures", "pool_size", "min_p"):
+        assert chosen[name] == given[name], name
+    assert ["en", "es", *chosen["languages"]] == given["languages"]
+    assert chosen["test_items"] <= given["test_items"]
+    assert set(tables) == set(product(multilingual.TASKS, given["languages"]))
+
+
+def test_the_shipped_table_is_whole(shipped):
+    given, tables = shipped
+    columns = 1 + 2 * len(given["temperatures"]) * given["samples"]
+    head, size = given["dev_items"], given["dev_items"] + given["runs"] * given["test_items"]
+    for table in tables.values():
+        assert table["text"].shape == (size, columns)
+        assert (table["logprob"] <= 0.01).all()
+        assert ((table["tokens"] >= 1) & (table["tokens"] <= answer_tables.NEW_TOKENS)).all()
+        assert (table["chops"][:head] == -1).all()
+        assert ((table["chops"][head:, :3] >= 0) & (table["chops"][head:, :3] < given["pool_size"])).all()
+        setting = checkpoints.provenance("multilingual_answers")["setting"]
+        cut, tau = "min-p" in setting, float(setting.split(",")[0])
+        start = 1 + given["samples"] * (cut * len(given["temperatures"]) + given["temperatures"].index(tau))
+        assert np.isfinite(table["reward"][head:, np.r_[0, start : start + given["samples"]]]).all()
+
+
+def test_no_question_is_reported_twice_and_none_that_tuned(shipped):
+    given, tables = shipped
+    for (task, language), table in tables.items():
+        examples, _ = multilingual.split(
+            task, language, given["seed"], demonstrations=given["demonstrations"], dev=given["dev_items"], test=1
+        )
+        right = [*examples.right, *table["items"].right]
+        assert len(set(right)) == len(right)
+
+
+def test_the_shipped_setting_is_the_tuned_one(shipped):
+    given, tables = shipped
+    names = [f"{tau:g}{', min-p' * cut}" for cut, tau in product((False, True), given["temperatures"])]
+    column = {name: 1 + np.arange(given["samples"]) + i * given["samples"] for i, name in enumerate(names)}
+    count = plan("test-time/multilingual-samples", "paper").parameters["pools_drawn"]
+    scores = samples.tune(tables, column, range(given["dev_items"]), given["pool_size"], count, given["seed"])
+    assert max(scores, key=scores.get) == checkpoints.provenance("multilingual_answers")["setting"]
+
+
+def test_shipped_answers_are_what_the_model_writes(shipped):
+    """Greedy answers and samples to two questions, drawn again; another processor may round a token away."""
+    from workbook.models import lm
+
+    given, tables = shipped
+    tokenizer, model = lm.load_tokenizer(), answers.load_model()
+    sizes = {"demonstrations": given["demonstrations"], "dev": 2, "test": 1}
+    laws = answers.tempered, lambda logits, temperature: samples.pruned(logits, temperature, given["min_p"])
+    how = {"temperatures": given["temperatures"], "samples": given["samples"], "laws": laws}
+    task, language = multilingual.TASKS[0], "es"
+    examples, items = multilingual.split(task, language, given["seed"], **sizes)
+    how |= {"size": given["pool_size"], "seed": given["seed"]}
+    found = answer_tables.ask(model, tokenizer, task, examples, items[:2], **how)
+    assert answer_tables.departing(found, tables[task, language]).mean() <= 0.25
+    assert found["work"][1] < found["work"][0]
+
+
 # -- the questions -----------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +629,35 @@ def test_questions_are_the_same_in_every_language():
     numbers = [sets_.right.str.split("=").str[-1].tolist() for sets_ in (
         multilingual.questions("word problems", language, 30, 4) for language in multilingual.LANGUAGES)]  # fmt: skip
     assert all(row == numbers[0] for row in numbers)
+
+
+def test_more_questions_begin_with_the_same_ones():
+    for task, language in product(multilingual.TASKS, multilingual.LANGUAGES):
+        few, many = (multilingual.questions(task, language, count, 5) for count in (9, 100))
+        assert few.equals(many[:9])
+    few, many = (multilingual.questions(multilingual.TASKS[0], "en", count, 5) for count in (9, 300))
+    assert few.equals(many[:9])
+    assert many.right[:108].nunique() == 108
+
+
+def test_runs_share_no_question_and_draw_their_own_examples():
+    for task in multilingual.TASKS:
+        options = {"demonstrations": 6, "dev": 6, "test": 24}
+        parts = [multilingual.split(task, "es", 3, **options, run=run) for run in range(4)]
+        asked = [question for _, items in parts for question in items.question]
+        assert len(asked) == len(set(asked)) == 6 + 4 * 24
+        shown = [tuple(examples.right) for examples, _ in parts]
+        assert len(set(shown)) == 4
+        head = {*parts[0][0].right, *parts[0][1].right[:6]}
+        for examples, items in parts:
+            assert len(examples) == len(set(examples.right)) == 6
+            assert set(examples.right) <= head
+            assert not set(examples.question) & set(items.question)
+        few = multilingual.split(task, "es", 3, demonstrations=6, dev=6, test=4)
+        assert few[0].equals(parts[0][0])
+        assert few[1].equals(parts[0][1][:10])
+    signs = [text.split()[1] for text in multilingual.split(multilingual.TASKS[0], "en", 3, **options, run=2)[0].right]
+    assert signs == ["+", "-", "*"] * 2
 
 
 def test_right_answers_are_right_and_wrong_ones_wrong():
@@ -412,6 +681,15 @@ def test_right_answers_are_right_and_wrong_ones_wrong():
 )
 def test_the_number_behind_the_last_equals_sign_counts(text, expected):
     assert multilingual.key("word problems", text) == expected
+
+
+def test_likeness_is_that_of_sacrebleu():
+    rng, metric = np.random.default_rng(0), CHRF()
+    texts = ["", "a", "7 + 5 = 12", "7 - 5 = 2", "Perú", "peru", "Bosnia y Herzegovina", "aaaa aaaa", "Südafrika"]
+    texts += ["".join(rng.choice([*"aab +1"], rng.integers(1, 15))) for _ in range(30)]
+    for text, reference in product(texts, texts):
+        expected = metric.sentence_score(multilingual.fold(text), [multilingual.fold(reference)]).score / 100
+        assert multilingual.chrf(text, reference) == pytest.approx(expected, abs=1e-12)
 
 
 def test_grades_forgive_case_and_accents_only():
@@ -479,6 +757,10 @@ MUTATIONS = [
     ("pool.utility.sum(-1) + pool.cross.sum(-1)", "pool.utility.mean(-1) + pool.cross.mean(-1)"),
     ("pool.utility.sum(-1) + pool.cross", "pool.utility.sum(-1) - pool.cross"),
     ("votes[:, 0] + votes[:, 1, ::-1]", "votes[:, 0] + votes[:, 1]"),
+    ("run.written[:, 0] + 2", "run.written[:, 0]"),
+    ("np.r_[seed, item]", "np.r_[seed, seed]"),
+    ('np.r_[0, columns], {"MBR": mbr}', 'np.r_[0, 0 * columns], {"MBR": mbr}'),
+    ('found.right[found.rule == "MBR"]', 'found.right[found.rule == "one sample"]'),
 ]
 
 
@@ -495,6 +777,7 @@ def test_changed_sign_is_caught(old, new, tmp_path, monkeypatch):
         *(lambda n=n, h=h: test_pool_quality_is_the_mean_over_all_pools(n, h) for n in (2, 3) for h in (False, True)),
         *(lambda seed=seed: test_rules_are_their_definitions(seed) for seed in range(12)),
         lambda: test_chops_finds_the_favourite_wherever_it_stands(monkeypatch),
+        test_pools_of_a_question_are_fixed_by_seed_and_item, test_the_tuned_setting_is_the_one_whose_answers_are_right,
     ]  # fmt: skip
     assert any(map(test_mutations.fails, checks)), f"nothing noticed that {old!r} became {new!r}"
 

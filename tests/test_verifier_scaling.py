@@ -4,16 +4,19 @@ import sys
 from itertools import pairwise, product
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import yaml
 from test_mutations import checks, fails, mutate
+from transformers import LlamaModel
 
-from workbook import measure, policies
+from workbook import measure, notebook, paths, policies
 from workbook.models import planted
 from workbook.notebook import load_method
 
-NAME = "test-time/verifier-scaling"
-scaling = load_method(NAME)
+NAME, RUNS = "test-time/verifier-scaling", "checkpoints/verifier_scaling_runs"
+scaling, lab = load_method(NAME), load_method(RUNS)
 TUPLES = np.array([[3, 3, 7, 3, 3], [5, 5, 5, 5, 5], [1, 2, 1, 2, 9], [0, 1, 2, 3, 4]])
 
 
@@ -289,6 +292,15 @@ def test_shipped_bases_solve_when_their_teachers_do():
         assert apart < 0.05 + 1.36 / 1500**0.5, base  # the second term: sampling noise
 
 
+def test_branching_finds_the_variance_of_the_network():
+    base, asked = planted.lean(planted.load("homogeneous")), planted.questions(250, np.random.default_rng(8))
+    found = planted.branching_variance(base, asked, 8, 0)
+    plain = np.clip(9 - planted.solve(base, asked, 8, 8, 10**6), 0, None).var(1, ddof=1)
+    error = np.hypot(found.std(), plain.std()) / len(asked) ** 0.5
+    assert plain.mean() > 0.5
+    assert abs(found.mean() - plain.mean()) < 4 * error
+
+
 def test_solved_traces_are_solved_and_counted():
     base, asked = planted.load("heterogeneous"), planted.questions(60, np.random.default_rng(3))
     traces, written = planted.solved_traces(base, asked, 20, 0)
@@ -355,6 +367,175 @@ def test_crossed_interval_covers_the_differences_between_runs():
     assert found.low < values.mean() < found.high
 
 
+# -- duels, their bill, and the runs that ship ------------------------------------------------------------------------
+
+SETTING = ("sharp", 8, 32)
+
+
+def small_recipe(**changed):
+    """A recipe of seconds; of the `lab` that is looked at, so that a changed one is not told by its class alone."""
+    common = {"seed": 3, "tests": 20, "tries": 2, "candidates": 3, "fit_steps": 11, "updates": 1}
+    return lab.Recipe(**common | {"rate": 1e-3, "kl": 0.01} | changed)
+
+
+def test_settings_vary_one_thing_at_a_time():
+    plan, center = lab.settings([20, 10], 20, 64, [32, 64, 128])
+    assert center == ("heterogeneous", 20, 64)
+    assert len(plan) == len(set(plan)) == 2 * 2 + 2 + 1
+    assert {n for name, h, n in plan if (name, h) == ("heterogeneous", 20)} == {32, 64, 128}
+    assert {h for name, h, _ in plan if name == "homogeneous"} == {10, 20}
+    assert ("sharp", 20, 64) in plan
+
+
+def test_search_answers_with_the_candidate_that_the_verifier_prefers():
+    class Judge:
+        def score(self, asked, traces):
+            return (traces == 7) * 1.0
+
+    model, asked = planted.build(seed=3), planted.questions(30, np.random.default_rng(0))
+    one = lab.Trained(model, verifier=Judge(), best_of=scaling.best_of, candidates=4)
+    every = planted.sample(model, asked.repeat(4, 0), 9, 5).reshape(30, 4, 9)
+    sevens = (every == 7).sum(2)
+    np.testing.assert_array_equal((one.answers(asked, 9, 5) == 7).sum(1), sevens.max(1))
+    assert sevens.max(1).mean() > 2 * sevens.mean()
+    np.testing.assert_array_equal(lab.Trained(model).answers(asked, 9, 5), planted.sample(model, asked, 9, 5))
+    assert (lab.Trained(model).price(9), one.price(9)) == ((9, 9), (36, 72))
+
+
+def counted(train):
+    """Traces written and traces through networks while `train` runs, by hooks on the networks themselves."""
+    written, passed, sample = [], [], planted.sample
+
+    def count(module, inputs, output):
+        if isinstance(module, LlamaModel):
+            passed.append(len(output.last_hidden_state) * (3 if torch.is_grad_enabled() else 1))
+
+    def write(model, asked, *rest, **options):
+        written.append(len(asked))
+        return sample(model, asked, *rest, **options)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count)
+    planted.sample = write
+    try:
+        result = train()
+    finally:
+        hook.remove()
+        planted.sample = sample
+    return result, sum(written), sum(passed) + sum(written)
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_training_is_billed_as_the_networks_saw_it(more):
+    """Right traces are paid once though two clones learn from them; writing a word is one pass."""
+    base = planted.load(SETTING[0])
+    found, written, passed = counted(lambda: lab.trained(scaling, base, *SETTING[1:], 0, small_recipe(), more=more))
+    clone, rl, search = (found[name] for name in ("VF: clone", "VB: RL", "VB: search"))
+    extra, again = (found["RL, true reward"], found["clone, quickest"]) if more else (lab.Trained(base),) * 2
+    shared = clone.written if more else 0
+    assert written == clone.written + rl.written + extra.written + again.written - shared
+    assert passed == clone.passed + rl.passed + extra.passed + again.passed - shared
+    assert search.written == SETTING[2]
+    assert rl.written - search.written == 128 * small_recipe().updates
+    assert 0 < search.seconds < rl.seconds
+    assert len(found) == (6 if more else 4)
+
+
+def test_two_duels_of_a_run_are_equal_and_runs_differ():
+    base = planted.load(SETTING[0])
+    torch.manual_seed(11)
+    (first, _), (again, methods) = (lab.duel(scaling, base, SETTING, 1, small_recipe()) for _ in range(2))
+    other = lab.duel(scaling, base, SETTING, 0, small_recipe())[0]
+    for a, b, c in zip(first, again, other, strict=True):
+        np.testing.assert_array_equal(a["grades"], b["grades"])
+        assert a["method"] == b["method"] == c["method"]
+    assert any((a["grades"] != c["grades"]).any() for a, c in zip(first, other, strict=True))
+    row, asked = first[0], lab.test_questions(small_recipe())
+    traces = planted.sample(base, asked.repeat(2, 0), 8, lab.numbered(small_recipe(), 1))
+    r = np.clip(9 - planted.solved_at(traces, planted.golds(asked).repeat(2, 0)), 0, None)
+    np.testing.assert_array_equal(row["grades"], r.reshape(20, 2).sum(1))
+    assert row["budget"] == 8
+    assert row["run"] == 1
+    ticks, clock = lab.clocked({SETTING: methods}, asked, 0, 1)
+    assert clock.set_index("method").passes["VB: search"] == 2 * clock.set_index("method").tokens["VB: search"] == 48
+    assert (ticks.seconds.groupby(ticks.name).sum() > 0).all()
+
+
+def some_rows(runs, methods=("base", "VF: clone"), seed=0):
+    """Rows of invented grades."""
+    rng = np.random.default_rng(seed)
+    return [
+        {"run": run, "base": "sharp", "budget": 8, "n": 32, "method": method, "tokens": 5, "passes": 7,
+         "seconds": 0.5, "grades": rng.integers(9, size=20).astype(np.int16)}
+        for run in runs for method in methods
+    ]  # fmt: skip
+
+
+def test_packed_rows_are_unpacked():
+    rows = some_rows([0, 1])
+    table, recipe = lab.unpacked(*lab.packed(rows, small_recipe()))
+    assert recipe == small_recipe()
+    for row, read in zip(rows, table.to_dict("records"), strict=True):
+        np.testing.assert_array_equal(row.pop("grades"), read.pop("grades"))
+        assert row == read
+
+
+def test_live_runs_take_the_place_of_their_shipped_twins():
+    live, shipped = pd.DataFrame(some_rows([0], seed=1)), pd.DataFrame(some_rows([0, 1, 2]))
+    found, misfit = lab.joined(live, small_recipe(), shipped, small_recipe())
+    assert misfit == ""
+    assert sorted(found.run) == [0, 0, 1, 1, 2, 2]
+    np.testing.assert_array_equal(np.stack(found.grades[found.run == 0]), np.stack(live.grades))
+    apart = lab.departures(live, shipped, small_recipe())
+    wanted = [abs(np.mean(a) - np.mean(b)) / 16 for a, b in zip(live.grades, shipped.grades[:2], strict=True)]
+    np.testing.assert_allclose(apart.departs, wanted)
+    assert min(wanted) > 0
+
+
+def test_runs_that_were_made_otherwise_are_left_out_and_named():
+    live, shipped = pd.DataFrame(some_rows([0], seed=1)), pd.DataFrame(some_rows([0, 1]))
+    other = small_recipe(fit_steps=30)
+    found, misfit = lab.joined(live, small_recipe(), shipped, other)
+    assert found is live
+    assert misfit == "fit_steps is 11 here, 30 there"
+    found, misfit = lab.joined(live.assign(n=64), small_recipe(), shipped, small_recipe())
+    assert sorted(found.run) == [0, 0]
+    assert "never shipped" in misfit
+    part = shipped.drop(index=3)  # run 1 lacks its clone
+    assert sorted(lab.joined(live, small_recipe(), part, small_recipe())[0].run) == [0, 0]
+
+
+def test_shipped_runs_are_whole():
+    rows, recipe = lab.load_runs("verifier_scaling_runs")
+    assert not rows.duplicated(["run", *lab.KEY]).any()
+    sizes = rows.groupby("run").size()
+    assert sizes.nunique() == 1
+    assert list(sizes.index) == list(range(len(sizes)))
+    assert len(sizes) >= 2
+    grades = np.stack(rows.grades)
+    assert grades.shape[1] == recipe.tests
+    assert (grades >= 0).all()
+    assert (grades.max(1) <= recipe.tries * (rows.budget - planted.LENGTH + 1)).all()  # none beats the optimum
+    assert (paths.DATA / "checkpoints" / "verifier_scaling_runs.safetensors").stat().st_size <= 150_000
+
+
+def test_what_the_base_earns_is_what_was_shipped():
+    """The whole road of a grade but the training, for every run at the shortest budget."""
+    rows, recipe = lab.load_runs("verifier_scaling_runs")
+    rows = rows[(rows.method == "base") & (rows.budget == rows.budget.min())]
+    asked = lab.test_questions(recipe).repeat(recipe.tries, 0)
+    for row in rows.itertuples():
+        traces = lab.Trained(planted.load(row.base)).answers(asked, row.budget, lab.numbered(recipe, row.run))
+        r = scaling.true_reward(asked, traces).sum(1).reshape(-1, recipe.tries).sum(1)
+        assert np.mean(r == row.grades) > 0.9  # another machine may round a word in a thousand otherwise
+
+
+def test_the_checkpoint_notebook_trains_what_the_full_profile_asks_for():
+    full = yaml.safe_load(notebook.path_of(NAME).with_suffix(".paper.yaml").read_text(encoding="utf-8"))
+    ours, theirs = (notebook.read_parameters(notebook.path_of(name)) for name in (NAME, RUNS))
+    for name in set(ours) & set(theirs) - {"runs", "device"}:
+        assert theirs[name].default == full.get(name, ours[name].default), name
+
+
 # -- one wrong sign is noticed ---------------------------------------------------------------------------------------
 
 MUTATIONS = [
@@ -373,6 +554,24 @@ MUTATIONS = [
     ("(kl * drift - gain)", "(kl * drift + gain)"),
     ("law.exp() * (law - reference)", "law.exp() * (reference - law)"),
     (".repeat(group, 0)", ".repeat(2, 0)"),
+    ("rewards(planted.solved_at(traces, planted.golds(asked))", "rewards(planted.solved_at(traces, asked)"),
+]
+
+MUTATIONS_OF_RUNS = [
+    ("1000 * recipe.seed + 100 * run", "1000 * recipe.seed"),
+    ("sorted({*trace_counts} - {traces})", "sorted({*trace_counts})"),
+    ("(1 if self.verifier is None else 2)", "1"),
+    ("self.best_of(score, np", "self.best_of(-score, np"),
+    ("3 * 64 * recipe.fit_steps", "2 * 64 * recipe.fit_steps"),
+    ("recipe.fit_steps}) * max(1, n // 10)", "recipe.fit_steps}) * n"),
+    ("judged + 6 * fresh", "judged + 5 * fresh"),
+    ("fresh, 5 * fresh", "fresh, 4 * fresh"),
+    ("reshape(-1, recipe.tries).sum(1).astype", "reshape(recipe.tries, -1).sum(0).astype"),
+    ("~held.run.isin(live.run)", "held.run.isin(live.run)"),
+    ("if value != getattr", "if value == getattr"),
+    ("lambda rows: len(rows) == len(wanted)", "lambda rows: len(rows) >= 1"),
+    ("(table.J - table.J_shipped)", "(table.J + table.J_shipped)"),
+    ("(rows.budget * recipe.tries)", "rows.budget"),
 ]
 
 
@@ -383,3 +582,12 @@ def test_changed_sign_is_caught(old, new, tmp_path, monkeypatch):
     monkeypatch.setattr(this, "scaling", mutate(NAME, old, new, tmp_path, monkeypatch))
     of_the_method = (check for check in checks(this, {}) if "scaling" in check.__defaults__[0].__code__.co_names)
     assert any(map(fails, of_the_method)), f"nothing noticed that {old!r} became {new!r}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("old", "new"), MUTATIONS_OF_RUNS)
+def test_changed_bill_or_table_is_caught(old, new, tmp_path, monkeypatch):
+    this = sys.modules[__name__]
+    monkeypatch.setattr(this, "lab", mutate(RUNS, old, new, tmp_path, monkeypatch))
+    of_the_lab = (check for check in checks(this, {}) if "lab" in check.__defaults__[0].__code__.co_names)
+    assert any(map(fails, of_the_lab)), f"nothing noticed that {old!r} became {new!r}"

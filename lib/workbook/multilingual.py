@@ -9,12 +9,16 @@ from __future__ import annotations
 import operator
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+
+from workbook.pools import by_question
+from workbook.study import Measured
 
 LANGUAGES = ("en", "es", "de", "fr", "pt", "nl")
 TASKS = ("word problems", "country names")
@@ -56,7 +60,9 @@ def questions(task: str, language: str, count: int, seed: int) -> pd.DataFrame:
 
     A word problem is answered by its operation and result, "7 + 5 = 12"; `wrong` uses another operation. A country's
     name is translated from English, or from Spanish into English; `wrong` is the untranslated name, or that of the
-    country before where the two are alike. ValueError for an unknown task or language, or too many countries.
+    country before where the two are alike. More questions begin with the same ones; of the first 108 word problems no
+    two have the same operation and numbers, nor are any two countries alike. ValueError for an unknown task or
+    language, or too many countries.
     """
     if task not in TASKS or language not in LANGUAGES:
         raise ValueError(
@@ -69,9 +75,12 @@ def questions(task: str, language: str, count: int, seed: int) -> pd.DataFrame:
 
 def _problems(language: str, count: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
     ask, reply, *stories = STORIES[language]
-    rows = []
+    pairs, rows = [(a, b) for b in range(2, 10) for a in range(b, 10)], []
     for number in range(count):
-        name, kind, (b, a) = rng.choice(NAMES), number % 3, np.sort(rng.integers(2, 10, 2))
+        turn, kind = divmod(number % (3 * len(pairs)), 3)
+        if turn == kind == 0:
+            orders = [rng.permutation(pairs) for _ in SIGNS]
+        (a, b), name = orders[kind][turn], rng.choice(NAMES)
         a += kind == 1  # so that something is left
         sums = [f"{a} {sign} {b} = {function(a, b)}" for sign, function in SIGNS.items()]
         story = stories[kind].format(n=name, a=a, b=b)
@@ -84,12 +93,77 @@ def _countries(language: str, count: int, rng: np.random.Generator) -> list[tupl
 
     if count > len(COUNTRIES):
         raise ValueError(f"{count} countries asked for, there are {len(COUNTRIES)}.")
-    local, other = Locale(language), Locale("es" if language == "en" else "en")
-    ask, reply = (local.languages[name.language].capitalize() for name in (other, local))
+    local, foreign = Locale(language), Locale("es" if language == "en" else "en")
+    ask, reply = (local.languages[name.language].capitalize() for name in (foreign, local))
     chosen = rng.permutation(COUNTRIES)[:count]
-    pairs = [tuple(where.territories[code].replace("\xad", "") for where in (other, local)) for code in chosen]
-    wrong = [source if fold(source) != fold(right) else pairs[i - 1][1] for i, (source, right) in enumerate(pairs)]
+    pairs = [tuple(where.territories[code].replace("\xad", "") for where in (foreign, local)) for code in chosen]
+    other = [pairs[i - 1 if i else min(1, count - 1)][1] for i in range(count)]
+    wrong = [source if fold(source) != fold(right) else bad for (source, right), bad in zip(pairs, other, strict=True)]
     return [(f"{ask}: {source}\n{reply}:", right, bad) for (source, right), bad in zip(pairs, wrong, strict=True)]
+
+
+def split(
+    task: str, language: str, seed: int, *, demonstrations: int, dev: int, test: int, run: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(worked examples, further questions) of one run of several, which report different questions.
+
+    All runs share one order of the `questions`. Its head are the examples of run 0 and `dev` questions that tune; then
+    come blocks of `test`, one a run: no question is reported twice, and none that tuned. Run 0 gets the dev questions
+    before its block; a later run takes its examples from the head, in an order of its own, the three stories in turn.
+    """
+    head = demonstrations + dev
+    rows = questions(task, language, head + (run + 1) * test, seed)
+    if not run:
+        examples, rest = rows[:demonstrations], rows[demonstrations:]
+    else:
+        order = np.random.default_rng([seed, run]).permuted(np.tile(np.arange(head // 3), (3, 1)), axis=1)
+        picks = (3 * order.T + np.arange(3)).ravel()[:demonstrations]
+        examples, rest = rows.iloc[picks], rows[-test:]
+    return examples.reset_index(drop=True), rest.reset_index(drop=True)
+
+
+def over_runs(
+    values: pd.Series | pd.DataFrame,
+    statistic: Callable[[NDArray], float] = np.mean,
+    *,
+    runs: pd.Series,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+    **measured,
+) -> Measured:
+    """`statistic` of the rows of `values` with its bootstrap interval over runs and over questions in each: two stages.
+
+    values: index with a level "item"; runs: the run of each item. Runs are drawn with replacement, then as many rows of
+    each as it has, with replacement: wider than needed unless runs differ far more than rows do. With one run it is the
+    plain bootstrap over rows. measured: fields of Measured (unit, tolerance). ValueError if there are no rows.
+    """
+    table = values.to_numpy(float)
+    if not len(table):
+        raise ValueError("over_runs needs at least one row.")
+    run = np.unique(runs[values.index.get_level_values("item")], return_inverse=True)[1]
+    order, size, rng = np.argsort(run, kind="stable"), np.bincount(run), np.random.default_rng(seed)
+    start, longest = size.cumsum() - size, size.max()
+    drawn = rng.integers(len(size), size=(draws, len(size)))
+    place = (rng.random((*drawn.shape, longest)) * size[drawn][..., None]).astype(int)
+    rows = order[start[drawn][..., None] + place]
+    known = np.arange(longest) < size[drawn][..., None]  # a short run gives as many rows as it has
+    found = [statistic(table[row[kept]]) for row, kept in zip(rows, known, strict=True)]
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Measured(float(statistic(table)), float(low), float(high), n=len(table), **({"tolerance": 0.5} | measured))
+
+
+def estimate(values: pd.Series, other: pd.Series | float = 0.0, *, runs: pd.Series, **measured) -> Measured:
+    """Mean over questions in percent, of `values` less `other` question by question, with its interval `over_runs`.
+
+    values, other: results of `pools.by_question`; questions that only one of them has are left out.
+    """
+    return over_runs(100 * (values - other).dropna(), runs=runs, **({"unit": "points"} | measured))
+
+
+def accuracy(rows: pd.DataFrame, *, runs: pd.Series) -> Measured:
+    """Share of right answers over questions, in percent, of rows of `answer_tables.evaluate`."""
+    return estimate(by_question(rows), runs=runs)
 
 
 # -- grading ----------------------------------------------------------------------------------------------------------
@@ -107,11 +181,23 @@ def key(task: str, text: str) -> str:
 
 
 @cache
-def chrf(text: str, reference: str) -> float:
-    """chrF2 of two texts after folding, 0 to 1, as sacrebleu computes it."""
-    from sacrebleu.metrics import CHRF
+def _grams(text: str) -> tuple[Counter, list[int]]:
+    """Sequences of 1 to 6 characters in the folded text without spaces, and how many there are of each length."""
+    from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
-    return CHRF().sentence_score(fold(text), [fold(reference)]).score / 100
+    orders = extract_all_char_ngrams(fold(text), 6)
+    return sum(orders, Counter()), [counts.total() for counts in orders]
+
+
+@cache
+def chrf(text: str, reference: str) -> float:
+    """chrF2 of two texts after folding, 0 to 1, as sacrebleu does, but each text is cut up once."""
+    (found, sizes), (wanted, goals), match = _grams(text), _grams(reference), [0] * 6
+    for gram in found.keys() & wanted.keys():
+        match[len(gram) - 1] += min(found[gram], wanted[gram])
+    orders = [(m / n, m / goal) for m, n, goal in zip(match, sizes, goals, strict=True) if n and goal]
+    precision, recall = (sum(values) / len(orders) for values in zip(*orders, strict=True)) if orders else (0.0, 0.0)
+    return 5 * precision * recall / (4 * precision + recall) if precision + recall else 0.0
 
 
 def grade(task: str, texts: NDArray, right: Sequence[str]) -> tuple[NDArray, NDArray, NDArray]:

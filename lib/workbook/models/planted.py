@@ -196,6 +196,21 @@ def solve(model, asked: np.ndarray, each: int, steps: int, seed: int, *, rows: i
     return np.concatenate(hit).reshape(-1, each)
 
 
+def branching_variance(model, asked: np.ndarray, steps: int, seed: int) -> np.ndarray:
+    """Unbiased estimates of the sum over h of E Var_a Q(s_h, a), in tokens squared, one for each question, (n,).
+
+    From a prefix two next words are drawn, and two independent endings from each: r_ij of ending j after word i. Then
+    (r_11 - r_21)(r_12 - r_22) / 2 has the mean Var_a Q(s_h, a).
+    """
+    trunk, many, total = sample(model, asked, steps, seed), asked.repeat(4, 0), np.zeros(len(asked))
+    for h in range(steps):
+        words = sample(model, asked.repeat(2, 0), h + 1, seed + 2 * h + 1, begun=trunk[:, :h].repeat(2, 0))
+        ends = sample(model, many, steps, seed + 2 * h + 2, begun=words.repeat(2, 0))
+        r = (steps + 1.0 - solved_at(ends, golds(many))).reshape(-1, 2, 2)
+        total += (r[:, 0, 0] - r[:, 1, 0]) * (r[:, 0, 1] - r[:, 1, 1]) / 2
+    return total
+
+
 def solved_traces(model, asked: np.ndarray, steps: int, seed: int, *, rounds: int = 100) -> tuple[np.ndarray, int]:
     """One solved trace for each question, (n, steps), sampled until it is one, and how many had to be written.
 
